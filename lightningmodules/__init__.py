@@ -1,0 +1,1 @@
+"""The methods, one folder each, and what two or more of them share."""

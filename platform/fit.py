@@ -1,0 +1,130 @@
+"""``fit``: begin a run, or continue it where the same command left off."""
+
+import argparse
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from platform import config as configs
+from platform import signals
+
+INTERRUPTED = 75  # EX_TEMPFAIL: the same command continues
+
+
+def run(args: argparse.Namespace) -> int:
+    """Entry of the verb.
+
+    Args:
+        args: ``experiment``, ``overrides`` (``key=value`` words), ``tiny``.
+
+    Returns:
+        0 when the run is complete, 75 when it was interrupted and can be continued.
+    """
+    signals.install()
+    cfg = configs.compose(args.experiment, args.overrides, tiny=args.tiny)
+    return fit(cfg)
+
+
+def fit(cfg: DictConfig) -> int:
+    """Train under a composed configuration; see :func:`run`."""
+    from platform import assemble
+    from platform.runs import Run
+
+    assemble.check_machine(cfg)
+    run = Run(Path(cfg.runs) / configs.run_name(cfg, cfg.experiment))
+    writer = assemble.is_rank_zero()
+    datamodule = assemble.data(cfg)
+    plan = assemble.blueprint(cfg)
+    needed = assemble.checkpoint_bytes(cfg, plan)
+    with run.locked() if writer else contextlib.nullcontext():
+        start, checkpoint = _where(run, cfg, writer)
+        if checkpoint is not None and start >= int(cfg.trainer.max_steps) and not _owed(checkpoint):
+            _report(cfg, run, "already complete", start, writer)
+            return 0
+        if writer:
+            assemble.check_disk(run.path, needed)
+            _prepare_folder(run, cfg, start, checkpoint, assemble.world_size(cfg))
+        try:
+            return _train(cfg, run, datamodule, start, checkpoint, needed, writer)
+        except BaseException as error:
+            if writer:
+                run.finish(f"{type(error).__name__}: {error}", 1, start)
+            raise
+
+
+def _train(
+    cfg: DictConfig, run: Any, datamodule: Any, start: int, checkpoint: Path | None, needed: int, writer: bool
+) -> int:
+    from platform import assemble, screens
+    from platform.stopping import StopFlag
+
+    flag = StopFlag(lambda: signals.requested() != 0)
+    room = assemble.module(cfg, flag)
+    extra = [screens.StartScreen(cfg, run, datamodule.describe(), start), *assemble.callbacks(cfg)]
+    trainer = assemble.trainer(cfg, run, flag, extra, datamodule.accumulation, start, needed)
+    trainer.fit(room, datamodule=datamodule, ckpt_path=checkpoint, weights_only=False)
+    schedule = assemble.schedule_of(trainer)
+    code = INTERRUPTED if schedule.interrupted else 0
+    reason = "interrupted" if schedule.interrupted else "complete"
+    if writer:
+        run.finish(reason, code, room.updates)
+    _report(cfg, run, reason, room.updates, writer)
+    return code
+
+
+def _where(run: Any, cfg: DictConfig, writer: bool) -> tuple[int, Path | None]:
+    """Updates done so far and the checkpoint holding them; (0, None) for a new run.
+
+    Raises:
+        ValueError: the folder holds another run, a good one that ``fresh`` must not touch, or only damaged checkpoints.
+    """
+    from platform.runs import CONFIG
+
+    if not (run.path / CONFIG).is_file():
+        return 0, None
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    run.check_config(cfg)
+    checkpoint = run.latest()
+    if checkpoint is not None:
+        if cfg.fresh and not requeued:
+            raise ValueError(
+                f"fresh=true, but {run.path} holds a run at step {int(checkpoint.name[5:])}, which is not overwritten."
+                f" Continue it: leave fresh=true out. Another run beside it: add tag=NAME."
+            )
+        return int(checkpoint.name[5:]), checkpoint
+    if run.steps() and not cfg.fresh:
+        raise ValueError(
+            f"{run.path} has checkpoints of steps {', '.join(map(str, run.steps()))}, but none can be read, so the run would"
+            f" begin again at step 0. Restore one of them, or type fresh=true to begin again; the old folder is kept."
+        )
+    if run.steps() and writer:
+        run.set_aside()
+    return 0, None
+
+
+def _owed(checkpoint: Path) -> bool:
+    import torch
+
+    from platform.strategy import META
+
+    meta = torch.load(checkpoint / META, weights_only=False)  # written by this program into its own run folder
+    return any(isinstance(state, dict) and state.get("validation_owed") for state in meta["callbacks"].values())
+
+
+def _prepare_folder(run: Any, cfg: DictConfig, start: int, checkpoint: Path | None, world_size: int) -> None:
+    from platform.runs import CONFIG, provenance
+
+    if checkpoint is None or not (run.path / CONFIG).is_file():
+        configs.save(cfg, run.path / CONFIG)
+    run.truncate_metrics(start, validated=checkpoint is None or not _owed(checkpoint))
+    run.record_attempt(provenance(start, world_size))
+
+
+def _report(cfg: DictConfig, run: Any, reason: str, step: int, writer: bool) -> None:
+    from platform import screens
+
+    if writer:
+        print("\n".join(screens.end_lines(cfg, run, reason, step)), flush=True)

@@ -1,0 +1,301 @@
+"""The run folder: what lies in it, who may write to it, where a run continues, and weights to use from it."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from platform import config as configs
+
+CONFIG, LOCK, EXIT, METRICS, PROVENANCE = "config.yaml", "lock", "exit.json", "metrics.jsonl", "provenance.json"
+CHECKPOINTS, BOARD = "checkpoints", "board"
+WEIGHTS = "weights.safetensors"
+PACKAGES = ("torch", "lightning", "torchdata", "webdataset", "hydra-core", "numpy", "tensorboard")
+
+
+class Run:
+    """One run folder.
+
+    Args:
+        path: the folder; it need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of ``step-<updates>`` checkpoints."""
+        return self.path / CHECKPOINTS
+
+    def steps(self) -> list[int]:
+        """Updates of every finished-looking checkpoint, ascending; unfinished ones (``.tmp``) are left out."""
+        names = [folder.name for folder in self.checkpoints.glob("step-*") if folder.is_dir()]
+        return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint of one step."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def latest(self) -> Path | None:
+        """Newest checkpoint whose every byte is as it was written; damaged ones are named on the way."""
+        from platform.strategy import what_is_wrong
+
+        for step in reversed(self.steps()):
+            folder = self.checkpoint(step)
+            damage = what_is_wrong(folder)
+            if damage is None:
+                return folder
+            print(f"{folder} is damaged ({damage}); trying the one before.", file=sys.stderr)
+        return None
+
+    def prune(self, keep: int, milestones: frozenset[int]) -> None:
+        """Delete all but the newest ``keep`` checkpoints and the milestones; only after a newer one is committed."""
+        for step in self.steps()[:-keep]:
+            if step not in milestones:
+                shutil.rmtree(self.checkpoint(step), ignore_errors=True)
+
+    def set_aside(self) -> None:
+        """Rename what lies in the folder out of the way; nothing is deleted."""
+        number = next(n for n in range(1, 10_000) if not self.path.with_name(f"{self.path.name}.old{n}").exists())
+        old = self.path.with_name(f"{self.path.name}.old{number}")
+        old.mkdir()
+        for item in self.path.iterdir():
+            if item.name != LOCK:
+                item.rename(old / item.name)
+        print(f"What was in {self.path} is now in {old}.", file=sys.stderr)
+
+    def check_config(self, cfg: Any) -> None:
+        """Refuse to continue a run under other settings.
+
+        Raises:
+            ValueError: a setting that shapes the result differs from the run's own.
+        """
+        changes = configs.difference(configs.load(self.path / CONFIG), cfg)
+        if not changes:
+            return
+        listed = "\n".join(f"  {key}: {old} in {self.path / CONFIG}, now {new}" for key, old, new in changes[:10])
+        key, old, _ = changes[0]
+        raise ValueError(
+            f"{self.path} holds a run with other settings:\n{listed}\n"
+            f"The same run: leave {key} at {old}. Another run beside it: add tag=NAME."
+        )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder while writing to it.
+
+        Raises:
+            ValueError: another live process or scheduler job holds it.
+        """
+        lock = self.path / LOCK
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+        mine |= {"job": os.environ.get("SLURM_JOB_ID"), "since": time.time()}
+        self.path.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileExistsError:
+                self._evict(lock, mine)
+                continue
+            with os.fdopen(handle, "w") as stream:
+                json.dump(mine, stream)
+            break
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+    def _evict(self, lock: Path, mine: dict[str, Any]) -> None:
+        try:
+            holder = json.loads(lock.read_text())
+        except (OSError, ValueError):
+            holder = None  # being written, or left half written by a killed process
+            time.sleep(0.2)
+        if holder is not None and _alive(holder, mine):
+            seconds = max(0, int(time.time() - holder["since"]))
+            job = f" (job {holder['job']})" if holder["job"] else ""
+            raise ValueError(
+                f"{self.path} is being written by process {holder['pid']} on {holder['host']}{job}, started {seconds} s ago."
+                f" One run folder takes one writer. Wait for it, stop it, or start another run with tag=NAME."
+            )
+        lock.unlink(missing_ok=True)
+
+    def truncate_metrics(self, step: int, validated: bool) -> None:
+        """Drop rows that a killed attempt wrote after its last checkpoint.
+
+        Args:
+            step: updates of the checkpoint the run continues from.
+            validated: False when the validation of ``step`` will be run again, so its rows go too.
+        """
+        file = self.path / METRICS
+        if not file.is_file():
+            return
+        kept = []
+        for line in file.read_text().splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # the line the killed process was writing
+            again = row["step"] == step and not validated and not row["tag"].startswith(("train/", "speed/", "health/"))
+            if row["step"] <= step and not again:
+                kept.append(line)
+        _replace(file, "".join(kept))
+
+    def record_attempt(self, facts: dict[str, Any]) -> None:
+        """Append one attempt to the provenance file: command, commit, versions, machine, where it started."""
+        file = self.path / PROVENANCE
+        attempts = json.loads(file.read_text()) if file.is_file() else []
+        _replace(file, json.dumps([*attempts, facts], indent=1))
+        _replace(self.path / "command.txt", " ".join(sys.argv) + "\n")
+
+    def finish(self, reason: str, code: int, step: int) -> None:
+        """Say why this attempt ended."""
+        _replace(self.path / EXIT, json.dumps({"reason": reason, "code": code, "step": step, "time": time.time()}))
+
+    def done(self) -> dict[str, Any] | None:
+        """The last attempt's ending, or None."""
+        file = self.path / EXIT
+        return json.loads(file.read_text()) if file.is_file() else None
+
+
+def provenance(start: int, world_size: int) -> dict[str, Any]:
+    """Facts about this attempt that are not in its configuration."""
+    root = Path(__file__).resolve().parent.parent
+    versions = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "command": sys.argv,
+        "commit": _git(root, "rev-parse", "HEAD"),
+        "dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
+        "versions": versions,
+        "host": socket.gethostname(),
+        "slurm": {key: value for key, value in os.environ.items() if key.startswith("SLURM_JOB")},
+        "world_size": world_size,
+        "start_step": start,
+        "time": time.time(),
+    }
+
+
+def load_module(path: str | Path, weights: str = "ema") -> tuple[Any, Any]:
+    """A room with weights in it, ready to sample.
+
+    Args:
+        path: a run folder (its newest good checkpoint is used) or a weights folder made by ``weights``.
+        weights: ``raw``, ``ema`` or ``ema<decay>``; a weights folder holds one kind only, and any name means it.
+
+    Returns:
+        The module (CPU, eval mode) and its configuration.
+
+    Raises:
+        ValueError: nothing usable lies at ``path``, or its tensors do not fit its configuration.
+    """
+    import hydra
+
+    folder = Path(path)
+    folder = folder.parent if folder.name == WEIGHTS else folder
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{path}: no {CONFIG} there, so it is neither a run folder nor a weights folder.{_neighbours(folder)}"
+            f" Train one with: python -m platform fit"
+        )
+    cfg = configs.load(folder / CONFIG)
+    module = hydra.utils.instantiate(cfg.module)
+    module.run_seed = cfg.seed
+    if (folder / WEIGHTS).is_file():
+        module.ema_decays = ()
+        module.configure_model()
+        _fill(module, folder / WEIGHTS)
+    else:
+        checkpoint = Run(folder).latest()
+        if checkpoint is None:
+            raise ValueError(f"{folder} has no usable checkpoint yet. Continue it with: python -m platform fit {cfg.experiment}")
+        _load(module, checkpoint, module.resolve_weights(weights))
+    return module.eval(), cfg
+
+
+def _load(module: Any, checkpoint: Path, kind: str) -> None:
+    from platform.strategy import load_tensors
+
+    module.configure_model()
+    load_tensors(module, checkpoint)
+    module.activate(kind)
+
+
+def _fill(module: Any, file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} ({file.stat().st_size} bytes) is not a readable safetensors file: {error}.") from error
+    for network, part in module.averaged().items():
+        prefix = f"{network}."
+        own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        expected = {key: tuple(value.shape) for key, value in part.state_dict().items()}
+        wrong = [
+            f"{key}: {expected.get(key, 'absent')} in the model, {tuple(own[key].shape) if key in own else 'absent'} in the file"
+            for key in sorted(expected.keys() | own.keys())
+            if key not in own or expected.get(key) != tuple(own[key].shape)
+        ]
+        if wrong:
+            raise ValueError(f"{file} does not fit {file.parent / CONFIG}; first differences:\n  " + "\n  ".join(wrong[:5]))
+        part.load_state_dict(own)
+
+
+def _alive(holder: dict[str, Any], mine: dict[str, Any]) -> bool:
+    if holder["job"]:
+        if holder["job"] == mine["job"]:
+            return False  # requeued: the scheduler has ended the earlier attempt of this job
+        if shutil.which("squeue"):
+            found = subprocess.run(["squeue", "-h", "-j", holder["job"]], capture_output=True, text=True, check=False)
+            return found.returncode == 0 and bool(found.stdout.strip())
+    if holder["host"] != mine["host"]:
+        return True
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return holder["pid"] != mine["pid"] and holder["born"] == _born(holder["pid"])
+
+
+def _born(pid: int) -> str | None:
+    """Start time of a process in clock ticks, so that a recycled process number is not mistaken for its first owner."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None  # no /proc on this system
+
+
+def _neighbours(folder: Path) -> str:
+    found = sorted(item.parent.as_posix() for item in folder.parent.glob(f"*/{CONFIG}"))[:5]
+    return f" Runs beside it: {', '.join(found)}." if found else ""
+
+
+def _git(root: Path, *words: str) -> str | None:
+    if not shutil.which("git"):
+        return None
+    result = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def _replace(file: Path, text: str) -> None:
+    aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    with aside.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(aside, file)

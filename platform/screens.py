@@ -1,0 +1,94 @@
+"""What a person reads when a run starts and when it ends."""
+
+import json
+import os
+import shlex
+import socket
+from typing import Any
+
+import lightning as L
+from omegaconf import DictConfig
+
+from lightningmodules.base import GenerativeModule
+from platform.runs import METRICS, Run
+
+
+class StartScreen(L.Callback):
+    """A dozen lines before the first update.
+
+    Args:
+        cfg: the run's configuration.
+        run: its folder.
+        facts: ``datamodule.describe()``.
+        start: updates of the checkpoint continued from, 0 for a new run.
+    """
+
+    def __init__(self, cfg: DictConfig, run: Run, facts: dict[str, Any], start: int) -> None:
+        self.cfg, self.run, self.facts, self.start = cfg, run, facts, start
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print once, on rank 0."""
+        assert isinstance(pl_module, GenerativeModule)
+        if trainer.is_global_zero:
+            print("\n".join(self.lines(trainer, pl_module)), flush=True)
+
+    def lines(self, trainer: L.Trainer, module: GenerativeModule) -> list[str]:
+        """The screen, a line each."""
+        cfg, facts = self.cfg, self.facts
+        followed = sum(value.numel() for _, value in module._followed)
+        trained = sum(value.numel() for value in module.parameters() if value.requires_grad)
+        accumulation, world = trainer.accumulate_grad_batches, trainer.world_size
+        batch = int(cfg.data.batch_size)
+        steps = int(trainer.max_steps)
+        dtype = "bfloat16" if "bf16" in str(cfg.trainer.precision) else "float32"
+        averages = ", ".join(f"{decay:g}" for decay in module.ema_decays) or "none"
+        begin = "fresh" if not self.start else f"continuing at step {self.start} ({module.samples_seen} samples)"
+        every = int(cfg.checkpoints.every or 0) or steps
+        paper = (cfg.get("source") or {}).get("paper")
+        rows = [
+            ("experiment", f"{cfg.experiment}{' (tiny)' if cfg.get('tiny_run') else ''}: {cfg.about}{f' [{paper}]' if paper else ''}"),
+            ("parameters", f"{trained:,} trainable, {followed:,} followed by averages with decay {averages}"),
+            ("data", ", ".join(f"{value} {key}" if isinstance(value, int) else f"{key} {value}" for key, value in facts.items())),
+            ("batch", f"{batch} = {batch // (accumulation * world)} x {accumulation} micro-batches x {world} ranks"),
+            ("length", f"{steps:,} steps, {steps * batch:,} samples"),
+            ("dtypes", f"weights, optimiser, averages float32; networks compute in {dtype}"),
+            ("devices", f"{world} x {module.device} on {socket.gethostname()}, {os.cpu_count()} CPU cores"),
+            ("strategy", "FSDP2, one shard per rank" if world > 1 else "one process, unsharded"),
+            ("run folder", str(self.run.path)),
+            ("start", begin),
+            ("checkpoint", f"next at step {min(steps, (self.start // every + 1) * every)}"),
+            ("watch", f"python -m platform board {shlex.quote(str(self.run.path.parent))}"),
+        ]
+        return [f"{name:<11} {text}" for name, text in rows]
+
+
+def newest(run: Run) -> dict[str, dict[str, Any]]:
+    """The last row of every tag in metrics.jsonl."""
+    file = run.path / METRICS
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return {row["tag"]: row for row in rows}
+
+
+def end_lines(cfg: DictConfig, run: Run, reason: str, step: int) -> list[str]:
+    """The last screen: numbers reached, where things are, what to type next."""
+    rows = newest(run)
+    numbers = [row for tag, row in rows.items() if tag.startswith(("metrics/", "val/"))]
+    folder = shlex.quote(str(run.path))
+    same = f"python -m platform fit {cfg.experiment}" + (" --tiny" if cfg.get("tiny_run") else "")
+    lines = ["", f"{reason} at step {step} of {int(cfg.trainer.max_steps)}"]
+    lines += [f"  {row['tag']:<34} {row['value']:.4f}   (step {row['step']})" for row in numbers]
+    pictures = sorted((run.path / "samples").glob("step_*"))
+    if pictures:
+        lines.append(f"pictures     {pictures[-1]}")
+    lines.append(f"checkpoints  {run.checkpoints}")
+    if step < int(cfg.trainer.max_steps):
+        lines += ["next:", f"  {same}    # the same command continues"]
+    else:
+        lines.append("next:")
+    lines += [
+        f"  python -m platform board {shlex.quote(str(run.path.parent))}",
+        f"  python -m platform sample {folder} --seeds 0-63",
+        f"  python -m platform evaluate {folder}",
+    ]
+    return lines
+
