@@ -125,14 +125,22 @@ def callbacks(cfg: DictConfig) -> list[L.Callback]:
     return [hydra.utils.instantiate(entry) for entry in cfg.callbacks.values() if entry is not None]
 
 
-def loggers(run: Run, start: int) -> list[Logger]:
+def loggers(run: Run, start: int, room: GenerativeModule) -> list[Logger]:
     """TensorBoard and metrics.jsonl; points of a killed attempt beyond ``start`` disappear."""
     board = TensorBoardLogger(run.path / BOARD, name="", version="", purge_step=start + 1 if start else None)
-    return [board, JsonlLogger(run.path)]
+    return [board, JsonlLogger(run.path, lambda: room.samples_seen)]
 
 
 def trainer(
-    cfg: DictConfig, run: Run, flag: StopFlag, extra: list[L.Callback], accumulation: int, start: int, needed: int
+    cfg: DictConfig,
+    run: Run,
+    flag: StopFlag,
+    extra: list[L.Callback],
+    *,
+    room: GenerativeModule,
+    accumulation: int,
+    start: int,
+    needed: int,
 ) -> L.Trainer:
     """Lightning's trainer, driven by optimiser updates and saving only where a run can be continued."""
     quiet()
@@ -168,7 +176,7 @@ def trainer(
             log_every_n_steps=int(cfg.trainer.log_every),
             deterministic=bool(cfg.trainer.deterministic),
             default_root_dir=run.path,
-            logger=loggers(run, start),
+            logger=loggers(run, start, room),
             callbacks=[*extra, schedule],
             num_sanity_val_steps=0,
             use_distributed_sampler=False,

@@ -32,10 +32,13 @@ def fit(cfg: DictConfig) -> int:
     """Train under a composed configuration; see :func:`run`."""
     from platform import assemble
     from platform.runs import Run
+    from platform.stopping import leave_with_parent
 
     assemble.check_machine(cfg)
     run = Run(Path(cfg.runs) / configs.run_name(cfg, cfg.experiment))
     writer = assemble.is_rank_zero()
+    if not writer:
+        leave_with_parent()
     datamodule = assemble.data(cfg)
     plan = assemble.blueprint(cfg)
     needed = assemble.checkpoint_bytes(cfg, plan)
@@ -64,7 +67,9 @@ def _train(
     flag = StopFlag(lambda: signals.requested() != 0)
     room = assemble.module(cfg, flag)
     extra = [screens.StartScreen(cfg, run, datamodule.describe(), start), *assemble.callbacks(cfg)]
-    trainer = assemble.trainer(cfg, run, flag, extra, datamodule.accumulation, start, needed)
+    trainer = assemble.trainer(
+        cfg, run, flag, extra, room=room, accumulation=datamodule.accumulation, start=start, needed=needed
+    )
     trainer.fit(room, datamodule=datamodule, ckpt_path=checkpoint, weights_only=False)
     schedule = assemble.schedule_of(trainer)
     code = INTERRUPTED if schedule.interrupted else 0

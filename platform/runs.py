@@ -225,10 +225,14 @@ def load_module(path: str | Path, weights: str = "ema") -> tuple[Any, Any]:
 
 
 def _load(module: Any, checkpoint: Path, kind: str) -> None:
-    from platform.strategy import load_tensors
+    import torch
+
+    from platform.strategy import META, load_tensors
 
     module.configure_model()
     load_tensors(module, checkpoint)
+    counters = torch.load(checkpoint / META, weights_only=False)["counters"]  # written by this program
+    module.updates, module.samples_seen = counters["updates"], counters["samples_seen"]
     module.activate(kind)
 
 

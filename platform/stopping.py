@@ -1,5 +1,8 @@
 """One answer on all ranks to "shall we stop now?", without touching the accelerator."""
 
+import os
+import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -59,3 +62,19 @@ class StopFlag:
 
 def _alone() -> bool:
     return not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def leave_with_parent(seconds: float = 1.0) -> None:
+    """End this process when the one that started it is gone.
+
+    Ranks that Lightning starts are children of rank 0. When rank 0 is killed they would wait for it in a collective,
+    and might still be writing when the same command starts again.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(seconds)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent watch").start()

@@ -1,0 +1,129 @@
+"""``sample``: pictures from a run or from a weights folder, one file per seed and a grid."""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from platform import config as configs
+
+SETTINGS = "settings.json"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Entry of the verb.
+
+    Args:
+        args: ``run`` (folder), ``overrides`` (``key=value`` sampling settings), ``seeds`` (list of int), ``label``
+            (int or None), ``weights``, ``out`` (folder or None), ``batch`` (samples at a time), ``grid``.
+
+    Returns:
+        0.
+    """
+    from platform.runs import load_module
+
+    module, cfg = load_module(args.run, args.weights)
+    settings = configs.check_sampling(cfg, args.overrides)
+    labels = _labels(module, args.seeds, args.label)
+    request = {"run": str(args.run), "weights": module.active_weights, "label": args.label, "settings": settings}
+    out = Path(args.out) if args.out else _default_folder(Path(args.run), request)
+    _claim(out, request)
+    todo = [seed for seed in args.seeds if not _file(out, seed).is_file()]
+    if len(todo) < len(args.seeds):
+        print(f"{len(args.seeds) - len(todo)} of {len(args.seeds)} samples are in {out} already")
+    module.to(_device())
+    begin = time.monotonic()
+    for first in range(0, len(todo), args.batch):
+        _write(module, out, todo[first : first + args.batch], labels, settings)
+    if todo:
+        seconds = time.monotonic() - begin
+        print(f"{len(todo)} samples in {seconds:.1f} s ({seconds / len(todo):.3f} s each), one PNG per seed in {out}")
+    if args.grid:
+        print(f"grid: {_grid(out, cfg, args.seeds, labels, module.active_weights, settings)}")
+    return 0
+
+
+def _labels(module: Any, seeds: Sequence[int], label: int | None) -> dict[int, int] | None:
+    if not module.num_classes:
+        if label is not None:
+            raise ValueError(f"--label {label}: this model was trained without classes. Leave --label out.")
+        return None
+    if label is not None and not -1 <= label < module.num_classes:
+        raise ValueError(
+            f"--label {label}: the model has {module.num_classes} classes. Type 0 to {module.num_classes - 1}, or -1 for none."
+        )
+    return {seed: seed % module.num_classes if label is None else label for seed in seeds}
+
+
+def _write(module: Any, out: Path, seeds: list[int], labels: dict[int, int] | None, settings: dict[str, Any]) -> None:
+    import torch
+    from PIL import Image
+
+    from lightningmodules.shared.conditioning import Condition
+
+    condition = None
+    if labels is not None:
+        condition = Condition(label=torch.tensor([labels[seed] for seed in seeds], device=module.device))
+    pictures = module.generate(seeds, condition, **settings).cpu().numpy()
+    for seed, picture in zip(seeds, pictures, strict=True):
+        file = _file(out, seed)
+        aside = file.with_suffix(f".{os.getpid()}.tmp")
+        Image.fromarray(picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)).save(aside, "PNG")
+        os.replace(aside, file)
+
+
+def _grid(
+    out: Path, cfg: DictConfig, seeds: Sequence[int], labels: dict[int, int] | None, weights: str, settings: dict[str, Any]
+) -> Path:
+    import numpy as np
+    from PIL import Image
+
+    from callbacks import pictures
+
+    tiles = [np.atleast_3d(np.asarray(Image.open(_file(out, seed)))) for seed in seeds]
+    white = int(cfg.module.codec.get("white", 255))
+    title = f"{cfg.experiment} {weights} seeds {seeds[0]}-{seeds[-1]}"
+    if "guidance" in settings:
+        title += f" guidance {settings['guidance']:g}"
+    return pictures.write_grid(out / "grid.png", np.stack(tiles).transpose(0, 3, 1, 2), title=title, white=white)
+
+
+def _file(out: Path, seed: int) -> Path:
+    return out / f"seed_{seed:06d}.png"
+
+
+def _default_folder(run: Path, request: dict[str, Any]) -> Path:
+    settings = "_".join(f"{key}-{value}" for key, value in sorted(request["settings"].items()))
+    label = "" if request["label"] is None else f"_label-{request['label']}"
+    root = run if run.is_dir() else run.parent
+    return root / "sampled" / f"{request['weights']}{label}{'_' + settings if settings else ''}"
+
+
+def _claim(out: Path, request: dict[str, Any]) -> None:
+    """Note what the folder holds; samples made with other settings are never mixed in.
+
+    Raises:
+        ValueError: the folder holds samples of another request.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / SETTINGS
+    if file.is_file():
+        old = json.loads(file.read_text())
+        changed = [key for key in request if old.get(key) != request[key]]
+        if changed:
+            key = changed[0]
+            raise ValueError(
+                f"{out} holds samples made with {key}={old.get(key)}, now {key}={request[key]}. Type another --out FOLDER."
+            )
+    file.write_text(json.dumps(request, indent=1))
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,130 @@
+"""Real processes, real signals, random moments: a run killed again and again ends like one never touched."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from platform.runs import METRICS, Run
+
+STEPS = 120
+SETTINGS = (
+    "module.net.dropout=0.1 module.label_drop=0.1 data.micro_batch=4 data.batch_size=16 data.workers=2"
+    f" trainer.max_steps={STEPS} trainer.val_every=40 trainer.log_every=1 checkpoints.every=9 checkpoints.keep=2"
+).split()
+ENDINGS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 75}
+
+
+def start(folder: Path, devices: int) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "platform", "fit", "quickstart", "--tiny", *SETTINGS]
+    command += [f"runs={folder}", f"trainer.devices={devices}"]
+    # a session of its own, so that a signal meant for the run cannot reach the test
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def last_step(run: Run) -> int:
+    file = run.path / METRICS
+    if not file.is_file():
+        return 0
+    lines = file.read_text().splitlines()
+    try:
+        return json.loads(lines[-1])["step"]
+    except (IndexError, ValueError):
+        return 0
+
+
+def interrupt(process: "subprocess.Popen[str]", run: Run, after: int, number: int) -> None:
+    """Send a signal at some moment after ``after`` more updates."""
+    target = last_step(run) + after
+    limit = time.monotonic() + 120
+    while last_step(run) < target:
+        assert process.poll() is None, f"ended before the signal:\n{process.communicate()[0]}"
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+    time.sleep(random.random() * 0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == ENDINGS[signal.Signals(number)], output
+
+
+def finish(folder: Path, devices: int) -> str:
+    process = start(folder, devices)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything a checkpoint holds: weights, averages, optimiser moments."""
+    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    state: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items() if hasattr(entry, "size")
+    }
+    dcp.load(state, checkpoint_id=folder)
+    return state
+
+
+def logged(run: Run) -> list[tuple[Any, ...]]:
+    rows = [json.loads(line) for line in (run.path / METRICS).read_text().splitlines()]
+    clock = ("speed/", "health/data_wait")
+    return [tuple(sorted((k, str(v)) for k, v in row.items() if k != "time")) for row in rows if not row["tag"].startswith(clock)]
+
+
+def same(killed: Run, whole: Run) -> None:
+    first, second = (tensors(run.checkpoint(STEPS)) for run in (killed, whole))
+    assert first.keys() == second.keys()
+    assert any(name.startswith("optimizer_0.state") for name in first)
+    assert any("shadows" in name for name in first)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    assert logged(killed) == logged(whole)
+    pictures = sorted(file.relative_to(whole.path) for file in (whole.path / "samples").rglob("*.png"))
+    assert len(pictures) > 3
+    for name in pictures:
+        assert (killed.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    done: dict[int, Run] = {}
+
+    def get(devices: int) -> Run:
+        if devices not in done:
+            folder = tmp_path_factory.mktemp(f"whole{devices}")
+            finish(folder, devices)
+            done[devices] = Run(folder / "quickstart-tiny")
+        return done[devices]
+
+    return get
+
+
+ONE = [(1, [number] * 3) for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)]
+TWO_MIXED = (2, [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
+TWO = [(2, [number] * 3) for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize(
+    ("devices", "signals"),
+    [*ONE, (1, [signal.SIGINT]), TWO_MIXED, *(pytest.param(*case, marks=pytest.mark.slow) for case in TWO)],
+    ids=lambda value: value if isinstance(value, int) else "+".join(signal.Signals(number).name for number in value),
+)
+def test_killed_run_ends_like_whole_run(whole_runs: Any, tmp_path: Path, devices: int, signals: list[int]) -> None:
+    whole = whole_runs(devices)
+    run = Run(tmp_path / "quickstart-tiny")
+    for number in signals:
+        interrupt(start(tmp_path, devices), run, random.randint(5, 30), number)
+    output = finish(tmp_path, devices)
+    assert "continuing at step" in output
+    same(run, whole)

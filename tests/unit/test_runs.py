@@ -1,0 +1,82 @@
+"""The run folder: who may write to it, what a killed attempt leaves, which checkpoint counts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from platform.runs import METRICS, Run
+from tests import toy
+
+
+def rows(run: Run) -> list[tuple[int, str]]:
+    return [(row["step"], row["tag"]) for row in map(json.loads, (run.path / METRICS).read_text().splitlines())]
+
+
+@pytest.fixture
+def logged(tmp_path: Path) -> Run:
+    entries = [(4, "train/loss"), (5, "train/loss"), (5, "val/loss"), (5, "metrics/bpd"), (6, "train/loss")]
+    lines = [json.dumps({"step": step, "tag": tag, "value": 1.0}) for step, tag in entries]
+    (tmp_path / METRICS).write_text("\n".join(lines) + '\n{"step": 7, "ta')  # killed while writing the last row
+    return Run(tmp_path)
+
+
+def test_rows_after_the_checkpoint_go(logged: Run) -> None:
+    logged.truncate_metrics(5, validated=True)
+    assert rows(logged) == [(4, "train/loss"), (5, "train/loss"), (5, "val/loss"), (5, "metrics/bpd")]
+
+
+def test_rows_of_an_owed_validation_go_too(logged: Run) -> None:
+    logged.truncate_metrics(5, validated=False)
+    assert rows(logged) == [(4, "train/loss"), (5, "train/loss")]
+
+
+def test_second_writer_is_refused_and_the_lock_released(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    program = "import sys, time; from platform.runs import Run; from pathlib import Path\n"
+    program += "with Run(Path(sys.argv[1])).locked(): print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"is being written by process {holder.pid} on .*tag=NAME"), run.locked():
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with run.locked():  # its owner is dead
+        assert (tmp_path / "lock").is_file()
+    assert not (tmp_path / "lock").exists()
+
+
+def test_recycled_process_number_does_not_hold_the_lock(tmp_path: Path) -> None:
+    holder = {"host": os.uname().nodename, "pid": os.getppid(), "born": "1", "job": None, "since": 0}
+    (tmp_path / "lock").write_text(json.dumps(holder))
+    with Run(tmp_path).locked():
+        pass
+
+
+def test_newest_damaged_checkpoint_is_skipped_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(tmp_path)
+    toy.fit(run.checkpoints, steps=4, every=2, val_every=0)
+    next(run.checkpoint(4).glob("*.distcp")).write_bytes(b"")
+    (run.checkpoints / "step-00000006.tmp").mkdir()  # killed while writing
+    assert run.steps() == [2, 4]
+    assert run.latest() == run.checkpoint(2)
+    assert "step-00000004 is damaged" in capsys.readouterr().err
+    run.prune(1, frozenset({2}))
+    assert run.steps() == [2, 4]
+    run.prune(1, frozenset())
+    assert run.steps() == [4]
+
+
+def test_setting_aside_deletes_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path / "x")
+    for text in ("first", "second"):
+        run.path.mkdir(exist_ok=True)
+        (run.path / METRICS).write_text(text)
+        run.set_aside()
+    assert [(tmp_path / f"x.old{n}" / METRICS).read_text() for n in (1, 2)] == ["first", "second"]

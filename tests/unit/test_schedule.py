@@ -1,0 +1,78 @@
+"""Validating, saving, stopping and continuing between updates, on the toy room in one process."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from platform.strategy import what_is_wrong
+from tests import toy
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[toy.Toy, list]:
+    room, _, logged = toy.fit(tmp_path_factory.mktemp("whole"), accumulation=2)
+    return room, logged
+
+
+@pytest.mark.parametrize("stop_at", [3, 5, 8, 12], ids=["between", "at a validation", "at a save", "at the last update"])
+def test_interrupted_run_ends_like_whole_run(whole: tuple[toy.Toy, list], tmp_path: Path, stop_at: int) -> None:
+    room, logged = whole
+    first, plan, before = toy.fit(tmp_path, accumulation=2, stop_at=stop_at)
+    assert plan.interrupted
+    assert first.updates == stop_at
+    second, plan, after = toy.fit(tmp_path, accumulation=2)
+    assert not plan.interrupted
+    assert before + after == logged
+    expected = toy.state(room)
+    for name, value in toy.state(second).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_validation_cut_short_is_repeated_and_its_step_saved(tmp_path: Path) -> None:
+    _, _, logged = toy.fit(tmp_path, stop_at=5)
+    assert [entry[:2] for entry in logged if entry[0] == "val"] == []
+    _, _, logged = toy.fit(tmp_path, steps=6)
+    assert [entry[:2] for entry in logged] == [("val", 5), ("train", 6), ("val", 6)]
+
+
+def test_continuing_with_other_accumulation_uses_the_same_samples(tmp_path: Path) -> None:
+    toy.fit(tmp_path, steps=4, accumulation=2)
+    room, _, _ = toy.fit(tmp_path, steps=8, accumulation=4)
+    assert (room.updates, room.samples_seen, room.trainer.global_step) == (8, 64, 8)
+
+
+def test_checkpoints_at_interval_milestone_and_end(tmp_path: Path) -> None:
+    toy.fit(tmp_path, steps=10, every=4, milestones=[7])
+    assert sorted(folder.name for folder in tmp_path.glob("step-*")) == [f"step-{n:08d}" for n in (4, 7, 8, 10)]
+    assert all(what_is_wrong(folder) is None for folder in tmp_path.glob("step-*"))
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "unfinished"])
+def test_damage_is_noticed(tmp_path: Path, harm: str) -> None:
+    toy.fit(tmp_path, steps=2, val_every=0)
+    folder = tmp_path / "step-00000002"
+    victim = next(folder.glob("*.distcp"))
+    if harm == "truncate":
+        victim.write_bytes(victim.read_bytes()[:-1])
+    elif harm == "flip":
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    elif harm == "remove":
+        victim.unlink()
+    else:
+        (folder / "complete.json").unlink()
+    assert what_is_wrong(folder)
+
+
+def test_other_shape_is_refused(tmp_path: Path) -> None:
+    toy.fit(tmp_path, steps=2, val_every=0)
+    small = toy.Toy(ema_decays=(0.9,))
+    small.configure_model()
+    from platform.strategy import load_tensors
+
+    with pytest.raises(ValueError, match=r"shadows\.ema0/99\.net/inner/bias: \(32,\) in the file, absent in the model"):
+        load_tensors(small, tmp_path / "step-00000002")
+    shutil.rmtree(tmp_path)
