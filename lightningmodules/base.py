@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightningmodules.shared.codecs import Batch, Codec
@@ -78,7 +79,12 @@ class GenerativeModule(L.LightningModule):
         raise TypeError(f"{type(self).__name__} must define loss().")
 
     def sample(
-        self, seeds: Sequence[int], condition: Condition | None = None, *, guidance: float = 1.0, noise: Noise | None = None
+        self,
+        seeds: Sequence[int],
+        condition: Condition | None = None,
+        *,
+        guidance: float = 1.0,
+        noise: Noise | None = None,
     ) -> Tensor:
         """Draw one sample per seed, (len(seeds), *codec.shape)."""
         raise TypeError(f"{type(self).__name__} must define sample().")
@@ -154,7 +160,7 @@ class GenerativeModule(L.LightningModule):
             self._terms.setdefault(name, []).append(value.detach())
         if self.micro_batches % self.trainer.accumulate_grad_batches:
             return
-        if self.updates % self.trainer.log_every_n_steps == 0:
+        if self.updates % self.log_every == 0:
             self._log("train", {name: torch.stack(values).mean() for name, values in self._terms.items()})
         self._terms.clear()
 
@@ -201,6 +207,11 @@ class GenerativeModule(L.LightningModule):
                 f" {missing} is missing. Set data to shards that hold it, or switch conditioning off in module."
             )
 
+    @property
+    def log_every(self) -> int:
+        """Updates between logged training values."""
+        return int(getattr(self.trainer, "log_every_n_steps", 1))
+
     # ---- averages -------------------------------------------------------------------------------------------------
 
     @property
@@ -213,7 +224,9 @@ class GenerativeModule(L.LightningModule):
         if kind == "ema":
             return f"ema{self.ema_decays[0]:g}" if self.ema_decays else RAW
         if kind not in self.weight_kinds:
-            raise ValueError(f"weights={kind!r}: this run has {', '.join(['ema', *self.weight_kinds])}. Type one of them.")
+            raise ValueError(
+                f"weights={kind!r}: this run has {', '.join(['ema', *self.weight_kinds])}. Type one of them."
+            )
         return kind
 
     @torch.no_grad()
@@ -260,7 +273,7 @@ class GenerativeModule(L.LightningModule):
         source = self._raw_copy if kind == RAW else [_local(shadow) for shadow in self._shadows_of(kind)]
         with torch.no_grad():
             for module in self.modules():
-                if hasattr(module, "reshard"):  # FSDP2: unsharded copies left by a forward without backward hide writes
+                if isinstance(module, FSDPModule):  # weights left unsharded by a forward without backward hide writes
                     module.reshard()
             for (_, parameter), value in zip(self._followed, source, strict=True):
                 _local(parameter).copy_(value)
@@ -268,13 +281,17 @@ class GenerativeModule(L.LightningModule):
 
     def _shadows_of(self, kind: str) -> list[Tensor]:
         stored = self.shadows[_flat(kind)]
+        assert isinstance(stored, nn.ParameterDict)
         return [stored[_flat(name)] for name, _ in self._followed]
 
     def weights(self, kind: str) -> dict[str, Tensor]:
         """Full state of the networks (``<network>.<key>``, CPU) with parameters of the given kind."""
         with self.use_weights(kind):
             return {
-                f"{network}.{key}": (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().clone()
+                f"{network}.{key}": (value.full_tensor() if isinstance(value, DTensor) else value)
+                .detach()
+                .cpu()
+                .clone()
                 for network, module in self.averaged().items()
                 for key, value in module.state_dict().items()
             }

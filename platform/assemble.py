@@ -56,8 +56,8 @@ def check_machine(cfg: DictConfig) -> None:
         )
     if precision not in PRECISIONS:
         raise ValueError(
-            f"trainer.precision={precision}: expected one of {', '.join(PRECISIONS)}. Weights and optimiser always stay in"
-            f" float32; bf16-mixed computes the networks in bfloat16. Type trainer.precision=32."
+            f"trainer.precision={precision}: expected one of {', '.join(PRECISIONS)}. Weights and optimiser always stay"
+            f" in float32; bf16-mixed computes the networks in bfloat16. Type trainer.precision=32."
         )
     on_gpu = wanted in ("gpu", "cuda") or (wanted == "auto" and gpus > 0)
     if precision == "bf16-mixed" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -70,9 +70,9 @@ def check_machine(cfg: DictConfig) -> None:
 def data(cfg: DictConfig) -> Any:
     """The data module with its shards made and checked: everything that can be wrong with data shows here."""
     datamodule = hydra.utils.instantiate(cfg.data)
-    datamodule.world_size = world_size(cfg)
     datamodule.prepare_data()
     datamodule.setup("fit")
+    datamodule.accumulation_for(world_size(cfg))
     return datamodule
 
 
@@ -115,8 +115,8 @@ def check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < 2 * needed:
         raise ValueError(
-            f"Two checkpoints need {2 * needed / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free on the disk of {folder}."
-            f" Free some space, or type runs=FOLDER to write elsewhere."
+            f"Two checkpoints need {2 * needed / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free on the disk of"
+            f" {folder}. Free some space, or type runs=FOLDER to write elsewhere."
         )
 
 
@@ -202,8 +202,8 @@ def _save(trainer: L.Trainer, run: Run, path: Path, needed: int) -> None:
     if room < needed:
         kept = run.latest()
         warnings.warn(
-            f"checkpoint of {needed / 2**30:.3g} GiB not written, {room / 2**30:.3g} GiB are free on the disk of {run.path}."
-            f" Training goes on; the last good checkpoint is {kept.name if kept else 'none'}."
+            f"checkpoint of {needed / 2**30:.3g} GiB not written, {room / 2**30:.3g} GiB are free on the disk"
+            f" of {run.path}. Training goes on; the last good checkpoint is {kept.name if kept else 'none'}."
             f" Free some space or lower checkpoints.keep.",
             stacklevel=2,
         )
@@ -219,7 +219,9 @@ def _own_signals(trainer: L.Trainer) -> None:
     ]
     for owner, name, nothing in places:
         if not hasattr(owner, name):
-            raise RuntimeError(f"lightning {L.__version__} has no {type(owner).__name__}.{name} any more; see platform/assemble.py.")
+            raise RuntimeError(
+                f"lightning {L.__version__} has no {type(owner).__name__}.{name} any more; see platform/assemble.py."
+            )
         setattr(owner, name, nothing)
     signals.install()
 
@@ -228,7 +230,12 @@ def quiet() -> None:
     """Silence Lightning's notices about choices made here on purpose; warnings of ours and of torch stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
-    for text in (".*does not have many workers.*", ".*val_check_interval.*", ".*is not resumable.*", ".*isinstance.*LeafSpec.*"):
+    for text in (
+        ".*does not have many workers.*",
+        ".*val_check_interval.*",
+        ".*is not resumable.*",
+        ".*isinstance.*LeafSpec.*",
+    ):
         warnings.filterwarnings("ignore", message=text)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=UserWarning, module=r"lightning\..*")

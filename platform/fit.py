@@ -67,9 +67,8 @@ def _train(
     flag = StopFlag(lambda: signals.requested() != 0)
     room = assemble.module(cfg, flag)
     extra = [screens.StartScreen(cfg, run, datamodule.describe(), start), *assemble.callbacks(cfg)]
-    trainer = assemble.trainer(
-        cfg, run, flag, extra, room=room, accumulation=datamodule.accumulation, start=start, needed=needed
-    )
+    accumulation = datamodule.accumulation_for(assemble.world_size(cfg))
+    trainer = assemble.trainer(cfg, run, flag, extra, room=room, accumulation=accumulation, start=start, needed=needed)
     trainer.fit(room, datamodule=datamodule, ckpt_path=checkpoint, weights_only=False)
     schedule = assemble.schedule_of(trainer)
     code = INTERRUPTED if schedule.interrupted else 0
@@ -102,8 +101,9 @@ def _where(run: Any, cfg: DictConfig, writer: bool) -> tuple[int, Path | None]:
         return int(checkpoint.name[5:]), checkpoint
     if run.steps() and not cfg.fresh:
         raise ValueError(
-            f"{run.path} has checkpoints of steps {', '.join(map(str, run.steps()))}, but none can be read, so the run would"
-            f" begin again at step 0. Restore one of them, or type fresh=true to begin again; the old folder is kept."
+            f"{run.path} has checkpoints of steps {', '.join(map(str, run.steps()))}, but none can be read, so the run"
+            f" would begin again at step 0. Restore one of them, or type fresh=true to begin again;"
+            f" the old folder is kept."
         )
     if run.steps() and writer:
         run.set_aside()

@@ -124,8 +124,9 @@ class Run:
             seconds = max(0, int(time.time() - holder["since"]))
             job = f" (job {holder['job']})" if holder["job"] else ""
             raise ValueError(
-                f"{self.path} is being written by process {holder['pid']} on {holder['host']}{job}, started {seconds} s ago."
-                f" One run folder takes one writer. Wait for it, stop it, or start another run with tag=NAME."
+                f"{self.path} is being written by process {holder['pid']} on {holder['host']}{job}, started"
+                f" {seconds} s ago. One run folder takes one writer. Wait for it, stop it, or start another run"
+                " with tag=NAME."
             )
         lock.unlink(missing_ok=True)
 
@@ -219,7 +220,9 @@ def load_module(path: str | Path, weights: str = "ema") -> tuple[Any, Any]:
     else:
         checkpoint = Run(folder).latest()
         if checkpoint is None:
-            raise ValueError(f"{folder} has no usable checkpoint yet. Continue it with: python -m platform fit {cfg.experiment}")
+            raise ValueError(
+                f"{folder} has no usable checkpoint yet. Continue it with: python -m platform fit {cfg.experiment}"
+            )
         _load(module, checkpoint, module.resolve_weights(weights))
     return module.eval(), cfg
 
@@ -243,18 +246,23 @@ def _fill(module: Any, file: Path) -> None:
     try:
         tensors = load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{file} ({file.stat().st_size} bytes) is not a readable safetensors file: {error}.") from error
+        raise ValueError(
+            f"{file} ({file.stat().st_size} bytes) is not a readable safetensors file: {error}."
+        ) from error
     for network, part in module.averaged().items():
         prefix = f"{network}."
         own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
         expected = {key: tuple(value.shape) for key, value in part.state_dict().items()}
+        given = {key: tuple(value.shape) for key, value in own.items()}
         wrong = [
-            f"{key}: {expected.get(key, 'absent')} in the model, {tuple(own[key].shape) if key in own else 'absent'} in the file"
-            for key in sorted(expected.keys() | own.keys())
-            if key not in own or expected.get(key) != tuple(own[key].shape)
+            f"{key}: {expected.get(key, 'absent')} in the model, {given.get(key, 'absent')} in the file"
+            for key in sorted(expected.keys() | given.keys())
+            if expected.get(key) != given.get(key)
         ]
         if wrong:
-            raise ValueError(f"{file} does not fit {file.parent / CONFIG}; first differences:\n  " + "\n  ".join(wrong[:5]))
+            raise ValueError(
+                f"{file} does not fit {file.parent / CONFIG}; first differences:\n  " + "\n  ".join(wrong[:5])
+            )
         part.load_state_dict(own)
 
 

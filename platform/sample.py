@@ -55,7 +55,8 @@ def _labels(module: Any, seeds: Sequence[int], label: int | None) -> dict[int, i
         return None
     if label is not None and not -1 <= label < module.num_classes:
         raise ValueError(
-            f"--label {label}: the model has {module.num_classes} classes. Type 0 to {module.num_classes - 1}, or -1 for none."
+            f"--label {label}: the model has {module.num_classes} classes."
+            f" Type 0 to {module.num_classes - 1}, or -1 for none."
         )
     return {seed: seed % module.num_classes if label is None else label for seed in seeds}
 
@@ -78,7 +79,12 @@ def _write(module: Any, out: Path, seeds: list[int], labels: dict[int, int] | No
 
 
 def _grid(
-    out: Path, cfg: DictConfig, seeds: Sequence[int], labels: dict[int, int] | None, weights: str, settings: dict[str, Any]
+    out: Path,
+    cfg: DictConfig,
+    seeds: Sequence[int],
+    labels: dict[int, int] | None,
+    weights: str,
+    settings: dict[str, Any],
 ) -> Path:
     import numpy as np
     from PIL import Image
@@ -118,7 +124,8 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
         if changed:
             key = changed[0]
             raise ValueError(
-                f"{out} holds samples made with {key}={old.get(key)}, now {key}={request[key]}. Type another --out FOLDER."
+                f"{out} holds samples made with {key}={old.get(key)}, now {key}={request[key]}."
+                " Type another --out FOLDER."
             )
     file.write_text(json.dumps(request, indent=1))
 

@@ -46,9 +46,17 @@ class StartScreen(L.Callback):
         every = int(cfg.checkpoints.every or 0) or steps
         paper = (cfg.get("source") or {}).get("paper")
         rows = [
-            ("experiment", f"{cfg.experiment}{' (tiny)' if cfg.get('tiny_run') else ''}: {cfg.about}{f' [{paper}]' if paper else ''}"),
+            (
+                "experiment",
+                f"{cfg.experiment}{' (tiny)' if cfg.tiny_run else ''}: {cfg.about}{f' [{paper}]' if paper else ''}",
+            ),
             ("parameters", f"{trained:,} trainable, {followed:,} followed by averages with decay {averages}"),
-            ("data", ", ".join(f"{value} {key}" if isinstance(value, int) else f"{key} {value}" for key, value in facts.items())),
+            (
+                "data",
+                ", ".join(
+                    f"{value} {key}" if isinstance(value, int) else f"{key} {value}" for key, value in facts.items()
+                ),
+            ),
             ("batch", f"{batch} = {batch // (accumulation * world)} x {accumulation} micro-batches x {world} ranks"),
             ("length", f"{steps:,} steps, {steps * batch:,} samples"),
             ("dtypes", f"weights, optimiser, averages float32; networks compute in {dtype}"),
@@ -91,4 +99,3 @@ def end_lines(cfg: DictConfig, run: Run, reason: str, step: int) -> list[str]:
         f"  python -m platform evaluate {folder}",
     ]
     return lines
-

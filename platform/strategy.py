@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -63,8 +64,11 @@ class Sharded(ModelParallelStrategy):
         for index, optimizer in enumerate(self.optimizers):
             state = {f"optimizer_{index}": get_optimizer_state_dict(self.model, optimizer)}
             dcp.load(state, checkpoint_id=path)
-            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state[f"optimizer_{index}"], options=options)
+            set_optimizer_state_dict(
+                self.model, optimizer, optim_state_dict=state[f"optimizer_{index}"], options=options
+            )
         rest = torch.load(path / META, weights_only=False)  # our own file, named by our own run folder
+        assert self.lightning_module is not None
         _rescale(rest, self.lightning_module.trainer.accumulate_grad_batches)
         return rest
 
@@ -88,15 +92,19 @@ def load_tensors(module: nn.Module, path: Path) -> None:
     stored = {
         key.removeprefix("state_dict."): tuple(entry.size)
         for key, entry in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()
-        if key.startswith("state_dict.") and hasattr(entry, "size")
+        if key.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
     }
-    wanted = {key: tuple(value.shape) for key, value in state["state_dict"].items()}
+    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     wrong = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
     if wrong:
-        lines = [f"  {key}: {stored.get(key, 'absent')} in the file, {wanted.get(key, 'absent')} in the model" for key in wrong]
+        lines = [
+            f"  {key}: {stored.get(key, 'absent')} in the file, {wanted.get(key, 'absent')} in the model"
+            for key in wrong
+        ]
         raise ValueError(
-            f"{path} was written by a model of another shape; {len(wrong)} tensors differ, first:\n" + "\n".join(lines[:5]) +
-            "\nThe same run: restore the settings in its config.yaml. Another run beside it: add tag=NAME."
+            f"{path} was written by a model of another shape; {len(wrong)} tensors differ, first:\n"
+            + "\n".join(lines[:5])
+            + "\nThe same run: restore the settings in its config.yaml. Another run beside it: add tag=NAME."
         )
     dcp.load(state, checkpoint_id=path)
     module.load_state_dict(state["state_dict"])

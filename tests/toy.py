@@ -102,7 +102,9 @@ class Average(L.Callback):
             pl_module.update_ema()
 
 
-def fit(folder: Path, *, steps: int = 12, stop_at: int = 0, accumulation: int = 1, **schedule: Any) -> tuple[Toy, Schedule, list[Any]]:
+def fit(
+    folder: Path, *, steps: int = 12, stop_at: int = 0, accumulation: int = 1, **schedule: Any
+) -> tuple[Toy, Schedule, list[Any]]:
     """Train the toy; continue from the newest checkpoint of ``folder`` if there is one.
 
     Returns:
@@ -112,7 +114,13 @@ def fit(folder: Path, *, steps: int = 12, stop_at: int = 0, accumulation: int = 
     flag = StopFlag(lambda: bool(stop_at) and room.updates >= stop_at)
     room.stop_requested, room.shard = flag.poll, shard
     settings = {"val_every": 5, "every": 4, **schedule}
-    plan = Schedule(folder, save=lambda path: built[0].save_checkpoint(path), prune=lambda: None, should_stop=flag.update, **settings)
+    plan = Schedule(
+        folder,
+        save=lambda path: built[0].save_checkpoint(path),
+        prune=lambda: None,
+        should_stop=flag.update,
+        **settings,
+    )
     built.append(
         L.Trainer(
             accelerator="cpu", devices=1, strategy=Sharded(), max_steps=steps, max_epochs=-1, accumulate_grad_batches=accumulation,

@@ -45,8 +45,8 @@ class Pixels:
     def __init__(self, size: int, channels: int = 3, levels: int = 256, white: int = 255) -> None:
         if not 2 <= levels <= white + 1 <= 256 or white % (levels - 1):
             raise ValueError(
-                f"codec.levels={levels} and codec.white={white} do not fit: the stored white (1..255) must be a multiple"
-                f" of levels - 1. Photographs: levels=256 white=255. Digits: levels=17 white=240."
+                f"codec.levels={levels} and codec.white={white} do not fit: the stored white (1..255) must be a"
+                f" multiple of levels - 1. Photographs: levels=256 white=255. Digits: levels=17 white=240."
             )
         self.size, self.channels, self.levels, self.white = size, channels, levels, white
 

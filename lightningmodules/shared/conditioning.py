@@ -41,5 +41,7 @@ class Condition:
         """Rows of all ``parts`` in order; the parts must carry the same fields."""
         names = parts[0]._rows().keys()
         if any(part._rows().keys() != names for part in parts):
-            raise ValueError("Condition.cat: the parts carry different fields; give every row the same kind of condition.")
+            raise ValueError(
+                "Condition.cat: the parts carry different fields; give every row the same kind of condition."
+            )
         return Condition(**{name: torch.cat([part._rows()[name] for part in parts]) for name in names})

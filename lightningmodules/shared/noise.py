@@ -81,7 +81,9 @@ class ReplayNoise:
 
     def _next(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if not self._tensors:
-            raise ValueError(f"ReplayNoise: a draw of shape (n, {shape}) was asked for, but every recorded one is used.")
+            raise ValueError(
+                f"ReplayNoise: a draw of shape (n, {shape}) was asked for, but every recorded one is used."
+            )
         draw = self._tensors.pop(0)
         if tuple(draw.shape[1:]) != shape:
             raise ValueError(f"ReplayNoise: the next recorded draw is {tuple(draw.shape)}, wanted (n, {shape}).")

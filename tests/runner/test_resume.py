@@ -70,7 +70,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Everything a checkpoint holds: weights, averages, optimiser moments."""
     entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     state: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items() if hasattr(entry, "size")
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if hasattr(entry, "size")
     }
     dcp.load(state, checkpoint_id=folder)
     return state
@@ -79,7 +81,11 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def logged(run: Run) -> list[tuple[Any, ...]]:
     rows = [json.loads(line) for line in (run.path / METRICS).read_text().splitlines()]
     clock = ("speed/", "health/data_wait")
-    return [tuple(sorted((k, str(v)) for k, v in row.items() if k != "time")) for row in rows if not row["tag"].startswith(clock)]
+    return [
+        tuple(sorted((k, str(v)) for k, v in row.items() if k != "time"))
+        for row in rows
+        if not row["tag"].startswith(clock)
+    ]
 
 
 def same(killed: Run, whole: Run) -> None:

@@ -16,7 +16,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[toy.Toy, list]:
     return room, logged
 
 
-@pytest.mark.parametrize("stop_at", [3, 5, 8, 12], ids=["between", "at a validation", "at a save", "at the last update"])
+@pytest.mark.parametrize(
+    "stop_at", [3, 5, 8, 12], ids=["between", "at a validation", "at a save", "at the last update"]
+)
 def test_interrupted_run_ends_like_whole_run(whole: tuple[toy.Toy, list], tmp_path: Path, stop_at: int) -> None:
     room, logged = whole
     first, plan, before = toy.fit(tmp_path, accumulation=2, stop_at=stop_at)

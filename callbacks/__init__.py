@@ -1,0 +1,1 @@
+"""What happens around training: averages, pictures, metrics, speed, safety, progress; one concern per file."""

@@ -1,0 +1,1 @@
+"""Feature extractors and the mathematics of distances between sets of features."""

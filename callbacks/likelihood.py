@@ -1,0 +1,138 @@
+"""Bits per dimension and Bayes accuracy on held-out data."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from callbacks.records import scalars
+from callbacks.sampling import plain
+from lightningmodules.base import GenerativeModule
+
+
+class Likelihood(L.Callback):
+    """Logs ``metrics/bpd``, and ``metrics/accuracy_bayes`` for rooms that can classify.
+
+    The dequantisation noise of a sample is seeded by its key, so the value depends neither on batches nor on ranks,
+    and it moves only because the weights did. Rooms without ``log_likelihood`` are left alone.
+
+    Args:
+        every: validations between measurements; the last validation always measures.
+        classify: also classify by ``arg max_c log p(x | c)``; costs one likelihood per class.
+        classify_settings: keywords of the room's ``classify``, for example ``{draws: 4}``.
+        max_batches: per rank; None for all held-out data.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int = 1,
+        classify: bool = True,
+        classify_settings: Mapping[str, Any] | None = None,
+        max_batches: int | None = None,
+    ) -> None:
+        self.every, self.classify, self.max_batches = every, classify, max_batches
+        self.classify_settings: dict[str, Any] = plain(classify_settings or {})
+        self._shown = 0  # validations so far
+        self._done = -1  # step of the last of them
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which validation comes next."""
+        return {"shown": self._shown, "done": self._done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue counting."""
+        self._shown, self._done = state_dict["shown"], state_dict["done"]
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure on all held-out data; give up without a trace when a stop is asked for."""
+        assert isinstance(pl_module, GenerativeModule)
+        fitting = trainer.state.fn == "fit"
+        if not hasattr(pl_module, "log_likelihood") or trainer.sanity_checking:
+            return
+        if fitting and self._done == pl_module.updates:
+            return
+        if not fitting or self._shown % self.every == 0 or pl_module.updates >= trainer.max_steps:
+            with torch.no_grad():
+                sums = self._sums(trainer, pl_module)
+            if sums is None:
+                return
+            self._log(trainer, pl_module, sums)
+        self._shown, self._done = self._shown + 1, pl_module.updates
+
+    def _log(self, trainer: L.Trainer, module: GenerativeModule, sums: Tensor) -> None:
+        rows, nats, right, asked, infinite = sums.tolist()
+        protocol = {
+            "n": round(rows),
+            "weights": module.active_weights,
+            "likelihood": getattr(module, "likelihood", "exact"),
+            "conditional": module.num_classes > 0,
+            "levels": getattr(module.codec, "levels", None),
+            "noise": "uniform dequantisation, seeded by key",
+            "nonfinite": round(infinite),
+        }
+        dimensions = math.prod(module.codec.shape)
+        bits = -nats / rows / dimensions / math.log(2) if not infinite else math.inf
+        scalars(trainer, {"metrics/bpd": bits}, **protocol)
+        if asked:
+            settings = {"settings": self.classify_settings, "weights": module.active_weights, "n": round(asked)}
+            scalars(trainer, {"metrics/accuracy_bayes": right / asked}, **settings)
+
+    def _sums(self, trainer: L.Trainer, module: GenerativeModule) -> Tensor | None:
+        """Over all ranks: samples, nats, right classes, classified samples, samples without a finite likelihood."""
+        likelihood: Callable[..., Tensor] = getattr(module, "log_likelihood")  # noqa: B009 - rooms may lack it
+        classify: Callable[..., Tensor] | None = getattr(module, "classify", None)
+        wanted = self.classify and classify is not None and module.num_classes > 1
+        sums = torch.zeros(5, dtype=torch.float64)
+        for batch, counts in _in_step(trainer, self.max_batches):
+            if module.stop_requested():
+                return None
+            batch = trainer.strategy.batch_to_device(batch)
+            nats = likelihood(batch, seeds=seeds_of(batch)).double().cpu()
+            finite = nats.isfinite()
+            row = [len(nats), float(nats[finite].sum()), 0, 0, int((~finite).sum())]
+            if wanted and classify is not None and "label" in batch:
+                right = classify(batch, **self.classify_settings).cpu() == batch["label"].cpu()
+                row[2:4] = [int(right.sum()), len(right)]
+            if counts:
+                sums += torch.tensor(row, dtype=torch.float64)
+        if trainer.world_size == 1:
+            return sums
+        total: Tensor = trainer.strategy.reduce(sums.to(module.device), reduce_op="sum")
+        return total.cpu()
+
+
+def seeds_of(batch: Mapping[str, Any]) -> list[int]:
+    """One seed in [0, 2**63) per sample, a function of its key alone."""
+    return [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1 for key in batch["key"]]
+
+
+def _in_step(trainer: L.Trainer, most: int | None) -> Iterator[tuple[Any, bool]]:
+    """Held-out batches, equally many on every rank.
+
+    A sharded network can only be called by all ranks together; a rank that runs out repeats its last batch.
+
+    Yields:
+        (batch, whether it counts).
+    """
+    batches = iter(trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
+    last, taken = None, 0
+    while most is None or taken < most:
+        batch = next(batches, None)
+        busy = torch.tensor(float(batch is not None), device=trainer.strategy.root_device)
+        if trainer.world_size > 1:
+            busy = trainer.strategy.reduce(busy, reduce_op="sum")
+        if not float(busy):
+            return
+        last = batch if batch is not None else last
+        if last is None:
+            raise ValueError(
+                f"Rank {trainer.global_rank} of {trainer.world_size} has no held-out sample. Give data.val more samples"
+                f" than ranks, or set callbacks.likelihood=null."
+            )
+        taken += 1
+        yield last, batch is not None

@@ -1,0 +1,100 @@
+"""How callbacks ask a room for samples: settings are checked before training, work is cut into equal chunks."""
+
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightningmodules.base import GenerativeModule
+from lightningmodules.shared.conditioning import Condition
+
+RESERVED = ("seeds", "condition", "noise")
+
+
+def check_settings(module: GenerativeModule, settings: Mapping[str, Any], where: str = "sampling") -> None:
+    """Refuse settings that the room's ``sample`` does not have.
+
+    Args:
+        module: the room.
+        settings: keywords for ``sample``.
+        where: config block they came from, for the message.
+
+    Raises:
+        ValueError: an unknown setting.
+    """
+    known = [name for name in inspect.signature(module.sample).parameters if name not in RESERVED]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f" Did you mean {where}.{near[0]}?" if near else ""
+            room = type(module).__name__
+            raise ValueError(f"{where}.{name}: {room} has no such sampling setting.{hint} It has: {', '.join(known)}.")
+
+
+def plain(value: Any) -> Any:
+    """Mappings and sequences of a configuration as dict and list, so that they can be written to JSON."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(item) for item in value]
+    return value
+
+
+def guidance_of(settings: Mapping[str, Any]) -> float:
+    """The guidance the settings ask for; 1 means none."""
+    return float(settings.get("guidance", 1.0))
+
+
+def draw(
+    module: GenerativeModule, seeds: Sequence[int], labels: Sequence[int], settings: Mapping[str, Any], chunk: int
+) -> Tensor:
+    """Samples in model space for a list of seeds, in chunks of at most ``chunk``.
+
+    Args:
+        module: the room; its active weights are used.
+        seeds: one per sample.
+        labels: one class per sample; ignored by rooms without classes.
+        settings: keywords for ``sample``.
+        chunk: samples per call, which bounds memory.
+
+    Returns:
+        (len(seeds), *codec.shape) on the module's device.
+    """
+    parts = []
+    for start in range(0, len(seeds), chunk):
+        rows = slice(start, start + chunk)
+        parts.append(module.sample(seeds[rows], condition_for(module, labels[rows]), **settings))
+    return torch.cat(parts)
+
+
+def condition_for(module: GenerativeModule, labels: Sequence[int]) -> Condition | None:
+    """Class labels as a condition on the module's device; None for rooms without classes."""
+    if not module.num_classes:
+        return None
+    return Condition(label=torch.tensor(list(labels), dtype=torch.int64)).to(module.device)
+
+
+def shares(count: int, rank: int, world: int, chunk: int) -> Iterator[tuple[list[int], int]]:
+    """This rank's part of ``range(count)``, in as many chunks as every other rank has.
+
+    A sharded network can only be called by all ranks together, so a rank that runs out repeats its last number, and
+    the repeats are not counted.
+
+    Args:
+        count: numbers to share, >= world.
+        rank: this rank.
+        world: number of ranks.
+        chunk: largest chunk.
+
+    Yields:
+        (numbers, how many of them count).
+    """
+    mine = list(range(rank, count, world))
+    longest = -(-count // world)
+    padded = mine + [mine[-1] if mine else 0] * (longest - len(mine))
+    for start in range(0, longest, chunk):
+        numbers = padded[start : start + chunk]
+        yield numbers, max(0, min(len(mine) - start, len(numbers)))

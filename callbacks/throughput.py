@@ -1,0 +1,123 @@
+"""How fast training goes, and how much of its time is spent waiting for data."""
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+import torch
+
+from callbacks.records import scalars
+from lightningmodules.base import GenerativeModule
+
+try:
+    import resource
+except ImportError:  # Windows has no such module
+    resource = None  # type: ignore[assignment]
+
+GIB = 2.0**30
+PEAKS = {  # dense bf16 operations per second, data sheets of the vendor
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A40": 149.7e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+class Throughput(L.Callback):
+    """Logs ``speed/*`` every ``trainer.log_every`` updates, without waiting for the device.
+
+    =============================  ============================================================
+    ``speed/samples_per_sec``      over all ranks
+    ``speed/data_wait_percent``    share of time between the end of a batch and the start of the next
+    ``speed/mfu_percent``          model operations per second over the device's dense bf16 peak
+    ``speed/memory_gib``           highest device memory so far, or resident memory of the process
+    ``speed/samples_seen``         counter of samples, since the x axis counts updates
+    =============================  ============================================================
+
+    Pauses for validation and checkpoints belong to neither training nor waiting and are left out.
+
+    Args:
+        peak_flops: operations per second of one device; None looks the device up and leaves mfu out if unknown.
+    """
+
+    def __init__(self, peak_flops: float | None = None) -> None:
+        self.peak_flops = peak_flops
+        self._flops = 0.0
+        self._restart(0)
+        self._ended = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clocks."""
+        assert isinstance(pl_module, GenerativeModule)
+        self._flops = pl_module.flops_per_sample()
+        if self.peak_flops is None and pl_module.device.type == "cuda":
+            name = torch.cuda.get_device_name(pl_module.device)
+            self.peak_flops = next((peak for key, peak in PEAKS.items() if key in name), None)
+        self._restart(pl_module.samples_seen)
+        self._paused, self._ended = True, time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The batch is here: what passed since the last one was waiting, unless something else went on."""
+        now = time.perf_counter()
+        gap = now - self._ended
+        if self._paused:
+            self._away += gap
+        else:
+            self._waited += gap
+        self._paused = False
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log at the end of an interval."""
+        assert isinstance(pl_module, GenerativeModule)
+        self._ended = time.perf_counter()
+        whole = pl_module.micro_batches % trainer.accumulate_grad_batches == 0
+        if whole and pl_module.updates % pl_module.log_every == 0:
+            self._log(trainer, pl_module)
+            self._restart(pl_module.samples_seen)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A pause."""
+        self._paused = True
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A pause."""
+        self._paused = True
+
+    def _restart(self, samples: int) -> None:
+        self._since, self._samples = time.perf_counter(), samples
+        self._waited = self._away = 0.0
+        self._paused = False
+
+    def _log(self, trainer: L.Trainer, module: GenerativeModule) -> None:
+        seconds = max(self._ended - self._since - self._away, 1e-9)
+        rate = (module.samples_seen - self._samples) / seconds
+        values = {
+            "speed/samples_per_sec": rate,
+            "speed/data_wait_percent": 100.0 * self._waited / seconds,
+            "speed/memory_gib": _memory(module.device) / GIB,
+            "speed/samples_seen": float(module.samples_seen),
+        }
+        if self._flops and self.peak_flops:
+            values["speed/mfu_percent"] = 100.0 * rate * self._flops / (self.peak_flops * trainer.world_size)
+        scalars(trainer, values)
+
+
+def _memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    if resource is None:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak) * (1.0 if sys.platform == "darwin" else 1024.0)  # macOS counts bytes, Linux KiB

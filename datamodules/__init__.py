@@ -1,0 +1,1 @@
+"""Data for training: shards in, dictionaries of batches out."""

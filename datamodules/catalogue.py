@@ -1,0 +1,75 @@
+"""``index.json``: what a folder of shards holds, written beside them once and read before anything else."""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+FILE_NAME = "index.json"
+FORMAT = 1
+
+_DELETE = "Delete it: the shards are then counted directly."
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard: number of samples, size in bytes, sha256 of the file, samples per class (empty if unlabelled)."""
+
+    samples: int
+    bytes: int
+    sha256: str
+    classes: dict[str, int] = field(default_factory=dict)
+
+    def histogram(self) -> Counter[int]:
+        """Samples per class with integer classes."""
+        return Counter({int(name): count for name, count in self.classes.items()})
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All shards of one folder, and where they come from.
+
+    Attributes:
+        dataset: name of the data set, e.g. "digits8".
+        licence: licence text or name.
+        sources: versions of what the data was made from, e.g. {"scikit-learn": "1.9.1"}.
+        shards: file name to entry.
+    """
+
+    dataset: str
+    licence: str
+    sources: dict[str, str]
+    shards: dict[str, ShardEntry]
+
+    def to_json(self) -> str:
+        """Text of the file; equal catalogues give equal bytes."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+
+
+def read(folder: Path) -> Catalogue | None:
+    """Catalogue of a folder, or None where there is none.
+
+    Raises:
+        ValueError: the file is there but cannot be understood.
+    """
+    path = folder / FILE_NAME
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}). {_DELETE}") from error
+    try:
+        if content["format"] != FORMAT:
+            raise ValueError(f"{path} has format {content['format']}, this version reads {FORMAT}. Make it again.")
+        shards = {name: ShardEntry(**entry) for name, entry in content["shards"].items()}
+        return Catalogue(content["dataset"], content["licence"], content["sources"], shards)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a shard index ({type(error).__name__}: {error}). {_DELETE}") from error
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,154 @@
+"""From positions to batches of images: read, decode, label, flip, and account for what cannot be read."""
+
+import logging
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+
+from datamodules.loader import Buffers
+from datamodules.order import Ints, Lookup, sample_bits
+from datamodules.shards import BadSample, Source
+from datamodules.transforms import IMAGE_EXTENSIONS, Pixels, decode_into
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+
+_MAX_BAD_IN_A_ROW = 100
+
+
+class ImageReader:
+    """Turns positions into a batch: order -> bytes -> pixels, labels and keys. Safe to call from several threads.
+
+    Args:
+        source: the samples.
+        order: which sample stands at a position.
+        size: height and width of the batch's images in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        num_classes: labels must lie in 0..num_classes-1; 0 leaves labels out of the batch.
+        label_offset: added to every stored class.
+        flip_seed: seed of the random horizontal flip; None for no flip.
+        max_bad_fraction: share of the set that may be unreadable before the reader stops.
+        buffers: how many image buffers are kept for reuse.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order: Lookup,
+        *,
+        size: int,
+        channels: int,
+        num_classes: int,
+        label_offset: int = 0,
+        flip_seed: int | None = None,
+        max_bad_fraction: float = 0.0,
+        buffers: int = 8,
+    ) -> None:
+        self.source = source
+        self.order = order
+        self.size = size
+        self.channels = channels
+        self.num_classes = num_classes
+        self.label_offset = label_offset
+        self.flip_seed = flip_seed
+        self.max_bad_fraction = max_bad_fraction
+        self.total = int(source.counts.sum())
+        self._buffers = Buffers(buffers)
+        self._bad: set[int] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def bad_samples(self) -> int:
+        """Number of different samples found unreadable so far in this process."""
+        return len(self._bad)
+
+    def __call__(self, positions: Ints) -> Batch:
+        """Read one batch.
+
+        Args:
+            positions: int64 (B,).
+
+        Returns:
+            "image": uint8 (B, C, H, W), a channels-last view; "label": int64 (B,) if there are classes; "key": B
+            strings. Where a sample cannot be read and ``max_bad_fraction`` allows it, the next readable one in the
+            order stands in its place, whatever the number of ranks or workers.
+
+        Raises:
+            ValueError: more samples are unreadable, or have a label out of range, than allowed.
+        """
+        epochs, samples = self.order(positions)
+        pixels = self._buffers.take((len(positions), self.size, self.size, self.channels))
+        labels = np.zeros(len(positions), dtype=np.int64)
+        for row, position in enumerate(positions):
+            try:
+                labels[row] = self._read(int(samples[row]), pixels[row])
+            except BadSample as error:
+                self._count_bad(int(samples[row]), error)
+                samples[row], labels[row] = self._replacement(int(position), pixels[row])
+        if self.flip_seed is not None:
+            mirrored = (sample_bits(self.flip_seed, epochs, samples) & np.uint64(1)).astype(bool)
+            pixels[mirrored] = pixels[mirrored, :, ::-1]
+        batch: Batch = {"image": torch.from_numpy(pixels).permute(0, 3, 1, 2)}
+        if self.num_classes:
+            batch["label"] = torch.from_numpy(labels)
+        batch["key"] = [self.source.key(int(sample)) for sample in samples]
+        return batch
+
+    def _read(self, sample: int, out: Pixels) -> int:
+        """Decode one sample into ``out`` and return its label (0 without classes)."""
+        members = self.source.read(sample)
+        data = next((members[kind] for kind in IMAGE_EXTENSIONS if kind in members), None)
+        if data is None:
+            raise BadSample(f"{self._place(sample)}: no image among its members ({', '.join(members)})")
+        try:
+            decode_into(data, out)
+        except ValueError as error:
+            raise BadSample(f"{self._place(sample)}: {error}") from error
+        return self._label(sample, members) if self.num_classes else 0
+
+    def _label(self, sample: int, members: dict[str, bytes]) -> int:
+        text = members.get("cls")
+        if text is None:
+            raise BadSample(f"{self._place(sample)}: no class (.cls) among its members ({', '.join(members)})")
+        try:
+            label = int(text) + self.label_offset
+        except ValueError as error:
+            raise BadSample(f"{self._place(sample)}: the class is {text[:20]!r}, expected a whole number") from error
+        if not 0 <= label < self.num_classes:
+            raise BadSample(
+                f"Label {label} in shard {self._place(sample)}, but data.num_classes={self.num_classes} allows "
+                f"0..{self.num_classes - 1} (stored class {label - self.label_offset}, "
+                f"data.label_offset={self.label_offset})",
+                advice="Correct data.label_offset or data.num_classes.",
+            )
+        return label
+
+    def _replacement(self, position: int, out: Pixels) -> tuple[int, int]:
+        """The next readable sample behind a position, and its label."""
+        for following in range(position + 1, position + 1 + _MAX_BAD_IN_A_ROW):
+            sample = int(self.order(np.array([following]))[1][0])
+            try:
+                return sample, self._read(sample, out)
+            except BadSample as error:
+                self._count_bad(sample, error)
+        raise ValueError(f"{_MAX_BAD_IN_A_ROW} unreadable samples in a row; the last messages of the log name them.")
+
+    def _count_bad(self, sample: int, error: BadSample) -> None:
+        """Note an unreadable sample; stop when there are too many of them."""
+        with self._lock:
+            new = sample not in self._bad
+            self._bad.add(sample)
+            count = len(self._bad)
+        if count > self.max_bad_fraction * self.total:
+            raise ValueError(
+                f"{error}. {error.advice} Bad samples so far: {count} of {self.total}; training stops above "
+                f"data.max_bad_fraction={self.max_bad_fraction:g}."
+            ) from error
+        if new:
+            log.warning("skipped: %s (%d bad samples so far)", error, count)
+
+    def _place(self, sample: int) -> str:
+        return f"{self.source.shard(sample)}, sample {self.source.key(sample)}"

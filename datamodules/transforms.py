@@ -1,0 +1,76 @@
+"""From image file bytes to uint8 pixels of a fixed size, written straight into the batch."""
+
+import io
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.nn import functional
+
+Pixels = NDArray[np.uint8]
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+
+_MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb
+_RGB_FAMILY = ("RGB", "YCbCr", "GRAY", "Gray")
+
+
+def decode_into(data: bytes, out: Pixels) -> None:
+    """Decode one PNG, JPEG or WebP image, resize its shorter side and crop the centre.
+
+    An image of the right size is decoded in place. Transparency is dropped. Otherwise the shorter side is brought to
+    the wanted size by antialiased bicubic resampling on uint8 (the same bits as Pillow's) before the crop.
+
+    Args:
+        data: the file's bytes.
+        out: uint8 (size, size, channels) with 1 or 3 channels, contiguous; receives the pixels, 0..255.
+
+    Raises:
+        ValueError: the bytes are not a readable image.
+    """
+    try:
+        pixels = _decode_jpeg(data, out) if data[:2] == b"\xff\xd8" else _decode_other(data, out.shape[2])
+    except Exception as error:  # decoders raise a dozen types for broken input
+        raise ValueError(f"not a readable image ({type(error).__name__}: {error})") from error
+    if pixels is not out:
+        _fit(pixels, out)
+
+
+def _decode_jpeg(data: bytes, out: Pixels) -> Pixels:
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    if colours not in _RGB_FAMILY:  # CMYK and YCCK, where simplejpeg differs from Pillow
+        return _decode_other(data, out.shape[2])
+    if height * width > _MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels, more than {_MAX_PIXELS}")
+    wanted = "GRAY" if out.shape[2] == 1 else "RGB"
+    if (height, width) == out.shape[:2]:
+        simplejpeg.decode_jpeg(data, colorspace=wanted, buffer=out)
+        return out
+    pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace=wanted)
+    return pixels
+
+
+def _decode_other(data: bytes, channels: int) -> Pixels:
+    with Image.open(io.BytesIO(data)) as image:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"pixels of mode {image.mode}, expected 8 bits per channel")
+        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _fit(pixels: Pixels, out: Pixels) -> None:
+    """Resize the shorter side to the size of ``out`` and copy the centre."""
+    size = out.shape[0]
+    height, width = pixels.shape[:2]
+    if min(height, width) != size:
+        short = min(height, width)
+        # Truncation of the longer side and rounding of the crop are torchvision's, as the published recipes used.
+        shape = (size * height // short, size * width // short)
+        planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+        planes = functional.interpolate(planes, shape, mode="bicubic", antialias=True)
+        pixels = planes[0].permute(1, 2, 0).numpy()
+        height, width = shape
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    out[...] = pixels[top : top + size, left : left + size]

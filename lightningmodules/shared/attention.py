@@ -1,0 +1,99 @@
+"""Causal self-attention, and the key-value cache that lets it read a sequence token by token."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation computed in float32 whatever the input, and returned in the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension.
+
+        Args:
+            x: features, (..., channels), any floating dtype.
+
+        Returns:
+            Normalised features, shape and dtype of ``x``.
+        """
+        out = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return out.to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, for every layer, in one tensor allocated once.
+
+    The cache is an argument of the call that uses it, never state of a module, so two samplers may share one network.
+    It keeps no position of its own: the caller says where the new tokens go, and starting again at position 0 reuses it.
+
+    Args:
+        layers: number of attention layers that write to it.
+        rows: sequences read side by side.
+        heads: attention heads.
+        head_dim: features per head.
+        length: longest sequence, in tokens.
+        dtype: dtype of the stored keys and values; it must be the one attention computes in.
+        device: where the cache lives.
+    """
+
+    def __init__(
+        self, layers: int, rows: int, heads: int, head_dim: int, length: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        store = torch.empty(layers, 2, rows, heads, length, head_dim, dtype=dtype, device=device)
+        self._layers = list(store.unbind(0))  # views made once: indexing costs as much as a small matrix product
+
+    def attend(self, layer: int, position: int, qkv: Tensor) -> Tensor:
+        """Add one token to a layer's cache and let it attend to itself and to the tokens before it.
+
+        Args:
+            layer: which attention layer is reading.
+            position: index of the token; tokens 0 .. position - 1 are in the cache.
+            qkv: (rows, 3 channels) in the cache's dtype: queries, keys, values, each head by head.
+
+        Returns:
+            Attended values, (rows, channels), heads side by side.
+        """
+        rows, width = qkv.shape
+        store, end = self._layers[layer], position + 1
+        new = qkv.view(rows, 3, -1, 1, store.shape[-1]).transpose(0, 1)  # (3, rows, heads, 1, head_dim)
+        store[:, :, :, position:end].copy_(new[1:])
+        keys, values = store[:, :, :, :end].unbind(0)
+        return F.scaled_dot_product_attention(new[0], keys, values).reshape(rows, width // 3)
+
+
+class CausalAttention(nn.Module):
+    """Pre-normalised multi-head self-attention in which a token sees itself and the tokens before it.
+
+    Args:
+        channels: width of the residual stream.
+        head_dim: features per head; ``channels`` must be a multiple of it.
+        dropout: probability with which outputs are dropped in training.
+    """
+
+    def __init__(self, channels: int, head_dim: int = 64, dropout: float = 0.0) -> None:
+        super().__init__()
+        if channels % head_dim:
+            raise ValueError(
+                f"channels={channels} is not a multiple of head_dim={head_dim} ({channels / head_dim:g} heads). "
+                f"Set module.net.channels to a multiple of module.net.head_dim, e.g. {max(1, channels // head_dim) * head_dim}."
+            )
+        self.heads, self.head_dim = channels // head_dim, head_dim
+        self.norm = LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)  # rows: all query heads, then all key heads, then all value heads
+        self.proj = nn.Linear(channels, channels)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the residual branch for a whole sequence, (rows, tokens, channels), shape of ``x``."""
+        rows, tokens, channels = x.shape
+        qkv = self.qkv(self.norm(x)).view(rows, tokens, 3, self.heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (rows, heads, tokens, head_dim)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.dropout(self.proj(out.transpose(1, 2).reshape(rows, tokens, channels)))
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype in which matrix products with this weight are computed here: autocast's, or the weight's own."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

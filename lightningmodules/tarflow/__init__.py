@@ -1,0 +1,1 @@
+"""TarFlow: a normalising flow on image patches made of causal transformers."""

@@ -1,0 +1,1 @@
+"""What ``pip install`` puts into site-packages so that ``python -m platform`` is found from any folder."""

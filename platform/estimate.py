@@ -1,0 +1,112 @@
+"""What a run will need, worked out on the meta device: parameters, arithmetic, memory."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from lightningmodules.base import GenerativeModule
+
+FLOAT_BYTES = 4  # weights, gradients, optimiser state and averages are float32 whatever the precision
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Needs of one run.
+
+    Args:
+        trainable: parameters with gradients.
+        frozen: parameters without.
+        averages: running averages of the weights.
+        flops: floating-point operations of one training sample, forward and backward; 0 when unknown.
+        moments: optimiser values per trainable parameter (2 for Adam).
+        activation_bytes: kept for the backward pass, per sample, float32; None when it could not be worked out.
+    """
+
+    trainable: int
+    frozen: int
+    averages: int
+    flops: float
+    moments: float
+    activation_bytes: float | None
+
+    def state_bytes(self, ranks: int) -> dict[str, float]:
+        """Bytes per device that do not depend on the batch, sharded over all ranks."""
+        weights = FLOAT_BYTES * self.trainable / ranks
+        return {
+            "weights": weights + FLOAT_BYTES * self.frozen / ranks,
+            "gradients": weights,
+            "optimiser": self.moments * weights,
+            "averages": self.averages * weights,
+        }
+
+
+def estimate(cfg: DictConfig) -> Estimate:
+    """Needs of a composed configuration; allocates nothing.
+
+    Args:
+        cfg: from ``platform.config.compose``.
+    """
+    with torch.device("meta"):
+        room: GenerativeModule = hydra.utils.instantiate(cfg.module, _convert_="all")
+        room.build()
+        activations = _activation_bytes(room)
+    trainable = [parameter for parameter in room.parameters() if parameter.requires_grad]
+    total = sum(parameter.numel() for parameter in room.parameters())
+    count = sum(parameter.numel() for parameter in trainable)
+    return Estimate(
+        trainable=count,
+        frozen=total - count,
+        averages=len(room.ema_decays),
+        flops=float(room.flops_per_sample()),
+        moments=_moments(cfg, trainable),
+        activation_bytes=activations,
+    )
+
+
+def _moments(cfg: DictConfig, parameters: list[nn.Parameter]) -> float:
+    """Optimiser values per parameter, counted after one step on stand-ins of a few values each."""
+    try:
+        shapes = [(2,) * parameter.ndim for parameter in parameters[:8]]
+        few = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        optimizer = hydra.utils.instantiate(cfg.module.optimizer, _convert_="all")(few)
+        for parameter in few:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        moments = sum(value.numel() for value in kept if value.ndim)
+        return moments / sum(parameter.numel() for parameter in few)
+    except Exception:  # an optimiser of another calling convention: say what is usual rather than fail a display
+        return 2.0
+
+
+def _activation_bytes(room: GenerativeModule) -> float | None:
+    """Bytes that autograd keeps for one sample, by running the loss on shapes alone."""
+    shape = tuple(room.codec.shape)
+    if not room.needs <= {"image", "label"} or len(shape) != 3:
+        return None
+    own = {tensor.untyped_storage()._cdata for tensor in (*room.parameters(), *room.buffers())}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, so that its address is not used again while counting
+        return tensor
+
+    samples = 2
+    batch = {
+        "image": torch.zeros((samples, *shape), dtype=torch.uint8),
+        "label": torch.zeros(samples, dtype=torch.int64),
+        "key": [""] * samples,
+    }
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            terms = room.loss(batch)
+        del terms
+    except Exception:  # a loss that looks at values cannot run without any
+        return None
+    return sum(storage.nbytes() for storage in kept.values()) / samples

@@ -1,0 +1,88 @@
+"""``evaluate``: the metrics of training, measured again on finished weights, with the same code and the same seeds."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from platform import config as configs
+
+FOLDER = "evaluated"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Entry of the verb.
+
+    Args:
+        args: ``run`` (run or weights folder), ``overrides`` (``key=value`` sampling settings), ``n`` (samples for
+            distances, or None for the run's own number), ``weights``.
+
+    Returns:
+        0.
+    """
+    import json
+
+    from platform.runs import METRICS, load_module
+
+    module, cfg = load_module(args.run, args.weights)
+    settings = configs.check_sampling(cfg, args.overrides)
+    source = Path(args.run)
+    root = source if source.is_dir() else source.parent
+    out = root / FOLDER / f"step_{module.updates:09d}"
+    file = out / METRICS
+    before = len(file.read_text().splitlines()) if file.is_file() else 0
+    measure(module, cfg, settings, args.n, out)
+    rows = [json.loads(line) for line in file.read_text().splitlines()[before:]] if file.is_file() else []
+    print(
+        f"{args.run} at step {module.updates}, weights {module.active_weights},"
+        f" sampling {settings or 'as the method sets it'}"
+    )
+    for row in rows:
+        print(f"  {row['tag']:<28} {_number(row['value'])}   {row.get('protocol', '')}".rstrip())
+    print(f"rows with every setting: {file}")
+    return 0
+
+
+def measure(module: Any, cfg: DictConfig, settings: dict[str, Any], n: int | None, out: Path) -> None:
+    """Run the configured metrics once on the active weights; rows go to ``out/metrics.jsonl``.
+
+    Args:
+        module: the room with the weights to measure active.
+        cfg: its configuration; ``callbacks.fid`` and ``callbacks.likelihood`` say what is measured.
+        settings: keywords of the room's ``sample``.
+        n: samples for distances, or None for the configured number.
+        out: folder of the rows.
+    """
+    import hydra
+    import lightning as L
+    import torch
+    from omegaconf import OmegaConf
+
+    from callbacks.records import JsonlLogger
+    from platform import assemble
+
+    plan = OmegaConf.to_container(cfg.callbacks, resolve=True)
+    assert isinstance(plan, dict)
+    chosen: list[Any] = [dict(plan[name]) for name in ("fid", "likelihood") if plan.get(name)]
+    for entry in chosen:
+        if "settings" in entry:
+            entry |= {"settings": settings, "weights": [module.active_weights]} | ({"n": n} if n else {})
+    datamodule = assemble.data(cfg)
+    assemble.quiet()
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = L.Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=1,
+        logger=JsonlLogger(out, lambda: module.samples_seen),
+        callbacks=[hydra.utils.instantiate(entry) for entry in chosen],
+        default_root_dir=out,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.validate(module, datamodule=datamodule, verbose=False)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.5g}"

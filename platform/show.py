@@ -1,0 +1,112 @@
+"""``show``: which experiments there are, or one of them in full with what it needs."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from platform import config
+from platform.origins import EXPERIMENTS, experiments, read
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from rich.console import Console
+
+    from platform.estimate import Estimate
+
+PIPE_WIDTH = 400  # a pipe has no width: neither wrap nor cut there
+
+
+def run(args: argparse.Namespace) -> int:
+    """Entry of the verb.
+
+    Args:
+        args: ``experiment`` (or None), ``overrides`` (``key=value`` words), ``tiny``.
+
+    Returns:
+        0.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(width=PIPE_WIDTH, highlight=False)
+    if args.experiment is None:
+        _list(console)
+        return 0
+    from omegaconf import OmegaConf
+    from rich.syntax import Syntax
+
+    cfg = config.compose(args.experiment, args.overrides, tiny=args.tiny)
+    text = OmegaConf.to_yaml(cfg)
+    console.print(Syntax(text, "yaml", background_color="default") if console.is_terminal else text, soft_wrap=True)
+    from platform.estimate import estimate
+
+    for label, fact in needs(cfg, estimate(cfg)):
+        console.print(f"[bold]{label:<12}[/bold] {fact}", soft_wrap=True)
+    return 0
+
+
+def catalogue(folder: Path = EXPERIMENTS) -> list[tuple[str, str, str]]:
+    """Name, ``about`` line and paper of every experiment, read without composing; sorted by name."""
+    rows = []
+    for name in experiments(folder):
+        content = read(folder / f"{name}.yaml").content
+        source = content.get("source") or {}
+        rows.append((name, str(content.get("about") or ""), str(source.get("paper") or "")))
+    return rows
+
+
+def needs(cfg: "DictConfig", guess: "Estimate") -> list[tuple[str, str]]:
+    """Size and cost of a run, as labelled lines.
+
+    Args:
+        cfg: composed configuration.
+        guess: what was worked out for it.
+    """
+    ranks = int(cfg.trainer.devices) * int(cfg.trainer.num_nodes)
+    batch, steps = int(cfg.data.get("batch_size") or 1), int(cfg.trainer.max_steps)
+    micro = min(int(cfg.data.get("micro_batch") or batch), max(1, batch // ranks))
+    frozen = f", {_count(guess.frozen)} frozen" if guess.frozen else ""
+    flops = f"{_count(guess.flops)}FLOP per training sample, forward and backward" if guess.flops else "unknown"
+    run = f"; {_count(guess.flops * batch * steps)}FLOP for the run" if guess.flops else ""
+    parts = guess.state_bytes(ranks)
+    if guess.activation_bytes is not None:
+        half = 0.5 if "bf16" in str(cfg.trainer.precision) else 1.0
+        parts[f"activations of {micro} samples"] = guess.activation_bytes * micro * half
+    listed = " + ".join(f"{name} {_bytes(value)}" for name, value in parts.items() if value)
+    unknown = "" if guess.activation_bytes is not None else " + activations (unknown)"
+    return [
+        ("parameters", f"{guess.trainable:,} trainable{frozen}, {guess.averages} running averages of them"),
+        ("arithmetic", f"{flops}{run}"),
+        ("batch", f"{batch} samples per step = {micro} x {batch / (micro * ranks):g} micro-batches x {ranks} ranks"),
+        ("length", f"{steps:,} steps, {steps * batch:,} samples"),
+        ("memory", f"about {_bytes(sum(parts.values()))} per device (estimate) = {listed}{unknown}"),
+    ]
+
+
+def _list(console: "Console") -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("experiment", "what it trains", "paper"):
+        table.add_column(title, no_wrap=title == "experiment")
+    for row in catalogue():
+        table.add_row(*row)
+    console.print(table)
+    console.print("\nOne in full: python -m platform show EXPERIMENT   Train it: python -m platform fit EXPERIMENT")
+
+
+def _count(value: float) -> str:
+    """A number with an SI prefix: 3230000 -> ``3.23 M``."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if value < 1000:
+            return f"{value:.3g} {prefix}"
+        value /= 1000
+    return f"{value:.3g} E"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} TiB"
