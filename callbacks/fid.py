@@ -4,7 +4,7 @@ import hashlib
 import importlib
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class FrechetDistance(L.Callback):
         every: validations between measurements; the last validation always measures.
         weights: kinds to measure; ``ema`` is the first average.
         guidances: values to compare with the same seeds, or None for the one in ``settings``.
-        reference_n: most training pictures behind a reference made here.
+        reference_n: most training pictures to compare with, spread evenly over the set.
         first_seed: seed of the first sample.
         chunk: samples per call of the network.
 
@@ -69,7 +69,7 @@ class FrechetDistance(L.Callback):
         every: int = 1,
         weights: Sequence[str] = ("ema", "raw"),
         guidances: Sequence[float] | None = None,
-        reference_n: int = 50_000,
+        reference_n: int = 10_000,
         first_seed: int = 0,
         chunk: int = 256,
     ) -> None:
@@ -83,6 +83,11 @@ class FrechetDistance(L.Callback):
         self._reference: _Reference | None = None
         self._shown = 0  # validations so far
         self._done = -1  # step of the last of them
+
+    @property
+    def state_key(self) -> str:
+        """One name per metric, so that a run can have several."""
+        return f"{type(self).__name__}/{self.extractor.name}/n={self.n}"
 
     def state_dict(self) -> dict[str, Any]:
         """Which validation comes next."""
@@ -154,8 +159,8 @@ class FrechetDistance(L.Callback):
         suffix += f"_g{guidance:g}" if self.guidances is not None else ""
         values = {f"metrics/{name}{suffix}": value for name, value in values.items()}
         if not suffix:
-            values["speed/sampling_ms_per_image"] = 1e3 * (sampled - start) / self.n * trainer.world_size
-            values["speed/metric_sec"] = time.perf_counter() - sampled
+            values[f"speed/{self.extractor.name}_sampling_sec"] = sampled - start
+            values[f"speed/{self.extractor.name}_distance_sec"] = time.perf_counter() - sampled
         return values, self._protocol(reference, kind, settings, module.num_classes, broken)
 
     def _collect(
@@ -213,13 +218,11 @@ class FrechetDistance(L.Callback):
         stats = self.extractor.reference()
         moments, kept = Moments(), []
         with torch.no_grad():
-            for images in _training_pictures(trainer, self.reference_n):
+            for images in _training_pictures(trainer, self.reference_n, needed=stats is None).split(1024):
                 seen = _look(self.extractor, images.to(device))
-                if stats is None:
-                    moments.update(seen.values)
-                if seen.hidden is None and stats is not None:
-                    break
-                kept.append(seen.hidden) if seen.hidden is not None else None
+                moments.update(seen.values)
+                if seen.hidden is not None:
+                    kept.append(seen.hidden.float())
         stats = stats or moments.finalize()
         width = stats.mean.shape[0]
         if self.n < EXACT_ABOVE * width or stats.n < EXACT_ABOVE * width:
@@ -255,22 +258,18 @@ def _look(extractor: Extractor, images: Tensor) -> Features:
         return extractor(images)
 
 
-def _training_pictures(trainer: L.Trainer, most: int) -> Iterable[Tensor]:
-    """Batches (B, C, H, W) uint8 of training pictures, in a fixed order, at most ``most`` in all."""
-    source = getattr(trainer.datamodule, "reference_images", None)  # type: ignore[attr-defined]
-    if source is None:
-        kind = type(trainer.datamodule).__name__  # type: ignore[attr-defined]
+def _training_pictures(trainer: L.Trainer, most: int, needed: bool) -> Tensor:
+    """Training pictures (N, C, H, W) uint8, at most ``most``, spread evenly; none when there are none to be had."""
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    source = getattr(datamodule, "reference_images", None)
+    if source is None and needed:
+        kind = type(datamodule).__name__
         raise ValueError(
-            f"callbacks.fid needs training pictures, but data={kind} has no reference_images. Use pictures."
+            f"callbacks.fid compares with training pictures, but data={kind} has no reference_images. Set data to one"
+            f" that has, for example datamodules.images.Images, or callbacks.fid=null."
         )
-    given = source("train")
-    taken = 0
-    for images in given.split(1024) if isinstance(given, Tensor) else given:
-        images = images["image"] if isinstance(images, Mapping) else images
-        yield torch.as_tensor(images[: most - taken])
-        taken += len(images)
-        if taken >= most:
-            return
+    images: Tensor = source("train", most)[0] if source is not None else torch.empty(0, 1, 1, 1, dtype=torch.uint8)
+    return images
 
 
 def _over_ranks(trainer: L.Trainer, moments: Moments, device: torch.device) -> Moments:

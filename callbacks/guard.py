@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
@@ -95,7 +96,7 @@ class Guard(L.Callback):
         if math.isfinite(value) and not bad:
             self._good(trainer, pl_module, value)
         else:
-            self._bad(trainer, pl_module, parameters, value)
+            self._bad(trainer, pl_module, parameters, value, blamed=bad > 0)
 
     def _good(self, trainer: L.Trainer, module: GenerativeModule, norm: float) -> None:
         self.norms.append(norm)
@@ -104,47 +105,78 @@ class Guard(L.Callback):
             scalar(trainer, "train/grad_norm", norm)
 
     def _bad(
-        self, trainer: L.Trainer, module: GenerativeModule, parameters: Sequence[nn.Parameter], norm: float
+        self,
+        trainer: L.Trainer,
+        module: GenerativeModule,
+        parameters: Sequence[nn.Parameter],
+        norm: float,
+        blamed: bool,
     ) -> None:
         self._in_a_row += 1
         micro = next((m for m in self._micros if m.loss is not None and not m.loss.isfinite()), self._micros[-1])
-        file = self._save(trainer, module, micro)
-        gradient = next(
-            (name for name, p in module.named_parameters() if p.grad is not None and not _finite(p.grad)), None
-        )
-        if self.policy == "skip" and self._in_a_row <= self.most_in_a_row:
+        stop = self.policy == "stop" or self._in_a_row > self.most_in_a_row
+        findings = _from_all_ranks(self._finding(trainer, module, micro, stop, blamed))
+        files = ", ".join(str(finding.file) for finding in findings)
+        if not stop:
             for parameter in parameters:
                 parameter.grad = None  # an optimiser leaves alone what has no gradient, moments included
             self.skipped += 1
             scalar(trainer, "health/skipped_steps", self.skipped)
-            warn_once(
-                "skipped update", f"Update {module.updates} is not finite and was skipped; its batch is in {file}."
-            )
+            warn_once("skipped", f"Update {module.updates} is not finite and was skipped; its batch is in {files}.")
             return
-        loss = math.nan if micro.loss is None else float(micro.loss) * trainer.accumulate_grad_batches
-        culprit = first_bad_module(module, micro.batch, micro.number)
-        norms = ", ".join(f"{norm:.3g}" for norm in self.norms)
-        lines = [
-            f"Update {module.updates} on rank {trainer.global_rank} is not finite: loss {loss:g}, gradient {norm:g}.",
-            f"Samples: {_keys(micro.batch)}.",
-            f"First gradient that is not finite: {gradient or 'none on this rank'}.",
-            f"First module whose output is not finite: {culprit or 'none'}.",
+        lines = [f"Update {module.updates} is not finite: gradient norm {norm:g}."]
+        lines += [line for finding in findings for line in finding.lines()]
+        norms = ", ".join(f"{value:.3g}" for value in self.norms)
+        lines += [
             f"Gradient norms of the last {len(self.norms)} updates: {norms or 'none'}.",
-            f"The batch is saved in {file}. The weights were not touched; the newest checkpoint is good. To leave such"
+            f"The batch is saved in {files}. The weights were not touched; the newest checkpoint is good. To leave such"
             f" updates out set callbacks.guard.policy=skip; often a lower module.optimizer.lr is the better answer.",
         ]
         raise RuntimeError("\n".join(lines))
 
-    def _save(self, trainer: L.Trainer, module: GenerativeModule, micro: _Micro) -> Path:
+    def _finding(
+        self, trainer: L.Trainer, module: GenerativeModule, micro: _Micro, search: bool, blamed: bool
+    ) -> "_Finding":
         folder = Path(trainer.default_root_dir) / HEALTH_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         rank = f"_rank{trainer.global_rank}" if trainer.world_size > 1 else ""
         file = folder / f"nan_{module.updates:07d}{rank}.pt"
-        if trainer.global_rank and (micro.loss is None or micro.loss.isfinite()):
-            return file  # another rank's batch is the culprit
-        batch = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in micro.batch.items()}
-        torch.save({"batch": batch, "micro_batch": micro.number, "update": module.updates}, file)
-        return file
+        loss = math.nan if micro.loss is None else float(micro.loss) * trainer.accumulate_grad_batches
+        if not math.isfinite(loss) or not blamed:  # otherwise the culprit is another rank's batch
+            batch = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in micro.batch.items()}
+            torch.save({"batch": batch, "micro_batch": micro.number, "update": module.updates}, file)
+        parameters = module.named_parameters()
+        gradient = next((name for name, p in parameters if p.grad is not None and not _finite(p.grad)), None)
+        culprit = first_bad_module(module, micro.batch, micro.number) if search else None
+        return _Finding(trainer.global_rank, loss, _keys(micro.batch), gradient, culprit, file)
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """What one rank knows about an update that is not finite."""
+
+    rank: int
+    loss: float
+    keys: str
+    gradient: str | None
+    module: str | None
+    file: Path
+
+    def lines(self) -> list[str]:
+        return [
+            f"Rank {self.rank}: loss {self.loss:g}. Samples: {self.keys}.",
+            f"First gradient that is not finite: {self.gradient or 'none on this rank'}.",
+            f"First module whose output is not finite: {self.module or 'none'}.",
+        ]
+
+
+def _from_all_ranks(finding: _Finding) -> list[_Finding]:
+    """Findings of the ranks whose loss is not finite; of all ranks when every loss is."""
+    if not dist.is_initialized():
+        return [finding]
+    gathered: list[_Finding] = [finding] * dist.get_world_size()
+    dist.all_gather_object(gathered, finding)
+    return [found for found in gathered if not math.isfinite(found.loss)] or gathered
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:

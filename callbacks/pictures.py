@@ -7,6 +7,7 @@ pictures can be built from earlier files.
 
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,16 +112,16 @@ def grid(
     scale = max(1, min(room[0] // (columns * width), room[1] // (rows * height)))
     tile_w, tile_h = width * scale, height * scale
     total_w = left + columns * tile_w + (columns - 1) * gap + PAD
-    font = _font(11 if total_w <= 400 else 15)
+    font = _font(12 if total_w <= 400 else 15)
     minimum = PAD * 2 + _width(font, heading)
-    total_w = max(total_w, minimum, card * 3 // 4)
+    left, total_w = _centred(left, total_w, max(minimum, card * 3 // 4))
     lines = _wrap(font, [heading, *details], total_w - 2 * PAD)
     line_h = round(font.size * 1.35)
     top = PAD + len(lines) * line_h + (line_h if column_labels else PAD // 2)
     canvas = Image.new("RGB", (total_w, top + rows * tile_h + (rows - 1) * gap + PAD), PAPER)
     layout = Layout(left, top, tile_w, tile_h, gap, columns, count, scale)
     draw = ImageDraw.Draw(canvas)
-    _draw_title(draw, lines, font, line_h, heading)
+    _draw_title(draw, lines, font, line_h, len(heading.replace(" ", "  ")))
     for tile, box in zip(tiles, _boxes(layout), strict=True):
         canvas.paste(Image.fromarray(tile).resize((tile_w, tile_h), Image.Resampling.NEAREST), box[:2])
     for row, label in enumerate(row_labels):
@@ -162,21 +163,16 @@ def write_grid(path: Path, images: np.ndarray, *, title: str, white: int = 255, 
     Args:
         path: of the PNG; its folder exists.
         images: (N, 1 or 3, H, W) uint8.
-        title: one line; the first word is the heading.
+        title: words; the first is the heading.
         white: stored value shown as white.
         columns: tiles per row, or None to choose.
 
     Returns:
         ``path``.
     """
-    heading, _, rest = title.partition(" ")
-    most = 12 if max(images.shape[2:]) <= 32 else 8
-    drawn = grid(
-        to_tiles(images, white),
-        columns or even_columns(len(images), most),
-        heading=heading,
-        details=[rest] if rest else [],
-    )
+    heading, *details = re.split(r" (?![\d-])", title)  # a number stays with its word
+    columns = columns or even_columns(len(images), 12 if max(images.shape[2:]) <= 32 else 8)
+    drawn = grid(to_tiles(images, white), columns, heading=heading, details=details)
     path.write_bytes(encode_png(drawn))
     return path
 
@@ -237,6 +233,11 @@ def short_count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def _centred(left: int, width: int, least: int) -> tuple[int, int]:
+    """Left edge and width of a picture that the title makes wider than its tiles."""
+    return left + max(0, least - width) // 2, max(width, least)
+
+
 def _boxes(layout: Layout) -> list[tuple[int, int, int, int]]:
     boxes = []
     for index in range(layout.count):
@@ -257,9 +258,10 @@ def _width(font: ImageFont.FreeTypeFont, words: str) -> int:
 
 
 def _wrap(font: ImageFont.FreeTypeFont, parts: Sequence[str], room: int) -> list[str]:
-    lines = [parts[0]]
-    for part in parts[1:]:
-        longer = lines[-1] + SEPARATOR + part
+    first, *others = [part.replace(" ", "  ") for part in parts]  # the font's own space is a hair wide at this size
+    lines = [first]
+    for part in others:
+        longer = lines[-1] + " " * 4 + part
         if _width(font, longer) <= room:
             lines[-1] = longer
         else:
@@ -268,11 +270,11 @@ def _wrap(font: ImageFont.FreeTypeFont, parts: Sequence[str], room: int) -> list
 
 
 def _draw_title(
-    draw: ImageDraw.ImageDraw, lines: Sequence[str], font: ImageFont.FreeTypeFont, line_h: int, heading: str
+    draw: ImageDraw.ImageDraw, lines: Sequence[str], font: ImageFont.FreeTypeFont, line_h: int, heading: int
 ) -> None:
     for index, line in enumerate(lines):
         x, y = float(PAD), PAD + index * line_h
         if index == 0:
-            draw.text((x, y), heading, INK, font)
-            x, line = x + font.getlength(heading), line.removeprefix(heading)
+            draw.text((x, y), line[:heading], INK, font)
+            x, line = x + font.getlength(line[:heading]), line[heading:]
         draw.text((x, y), line, PALE, font)

@@ -12,6 +12,7 @@ from callbacks.pictures import short_count
 from lightningmodules.base import GenerativeModule
 
 REFRESH_SEC = 0.25
+MEASURED = ("val/", "metrics/")  # tags that belong to a validation
 
 
 class Progress(L.Callback):
@@ -60,7 +61,8 @@ class Progress(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so: a validation with samples and metrics can take a while."""
         assert isinstance(pl_module, GenerativeModule)
-        self._before = dict(pl_module.latest)
+        kept = pl_module.latest
+        self._before = {tag: kept.pop(tag) for tag in list(kept) if tag.startswith(MEASURED)}
         if self._live is not None:
             line = self._line(trainer, pl_module, time.monotonic())
             self._live.update(self._styled(f"{line}  validating"), refresh=True)
@@ -70,11 +72,9 @@ class Progress(L.Callback):
         assert isinstance(pl_module, GenerativeModule)
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
-        shown = {
-            tag: value
-            for tag, value in pl_module.latest.items()
-            if tag.startswith(("val/", "metrics/")) and value != self._before.get(tag)
-        }
+        latest = pl_module.latest
+        shown = {tag: value for tag, value in latest.items() if tag.startswith(MEASURED) and not tag.endswith("_raw")}
+        pl_module.latest = {**self._before, **latest}  # what was not measured this time keeps its value
         if shown:
             self._metric_step = pl_module.updates
             parts = [f"{_short(tag)} {value:.4g}" for tag, value in shown.items()]

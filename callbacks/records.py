@@ -157,8 +157,9 @@ def text(trainer: L.Trainer, tag: str, markdown: str) -> None:
             _flush(logger)
 
 
+@rank_zero_only
 def warn_once(key: str, message: str) -> None:
-    """Warn the first time ``key`` comes up in this process."""
+    """Warn the first time ``key`` comes up in this process; from rank 0 only."""
     if key not in _warned:
         _warned.add(key)
         log.warning(message)

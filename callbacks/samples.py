@@ -159,6 +159,7 @@ class Samples(L.Callback):
 
     def _guidance(self, trainer: L.Trainer, module: GenerativeModule) -> None:
         columns, labels, _ = _arrangement(module)
+        columns = min(8, columns)
         seeds, labels = self._seeds(columns), labels[:columns]
         parts = []
         with module.use_weights(self.weights[0]):

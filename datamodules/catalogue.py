@@ -56,7 +56,7 @@ def read(folder: Path) -> Catalogue | None:
     path = folder / FILE_NAME
     try:
         content = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}). {_DELETE}") from error

@@ -143,10 +143,9 @@ class ImageReader:
             self._bad.add(sample)
             count = len(self._bad)
         if count > self.max_bad_fraction * self.total:
-            raise ValueError(
-                f"{error}. {error.advice} Bad samples so far: {count} of {self.total}; training stops above "
-                f"data.max_bad_fraction={self.max_bad_fraction:g}."
-            ) from error
+            allowed = f"data.max_bad_fraction={self.max_bad_fraction:g}"
+            so_far = f" Bad samples so far: {count} of {self.total}; training stops above {allowed}."
+            raise ValueError(f"{error}. {error.advice}{so_far if self.max_bad_fraction else ''}") from error
         if new:
             log.warning("skipped: %s (%d bad samples so far)", error, count)
 

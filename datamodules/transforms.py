@@ -1,12 +1,13 @@
 """From image file bytes to uint8 pixels of a fixed size, written straight into the batch."""
 
 import io
+import threading
 
 import numpy as np
 import simplejpeg
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.nn import functional
 
 Pixels = NDArray[np.uint8]
@@ -14,14 +15,16 @@ Pixels = NDArray[np.uint8]
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 
 _MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb
-_RGB_FAMILY = ("RGB", "YCbCr", "GRAY", "Gray")
+_thread = threading.local()
+_RGB_FAMILY = ("RGB", "YCbCr", "Gray")
 
 
 def decode_into(data: bytes, out: Pixels) -> None:
     """Decode one PNG, JPEG or WebP image, resize its shorter side and crop the centre.
 
-    An image of the right size is decoded in place. Transparency is dropped. Otherwise the shorter side is brought to
-    the wanted size by antialiased bicubic resampling on uint8 (the same bits as Pillow's) before the crop.
+    A JPEG of the right size is decoded in place. Transparency is dropped. The shorter side of any other size is
+    brought to the wanted one by antialiased bicubic resampling on uint8 before the crop: rounded between the two
+    passes as Pillow does, it differs from Pillow's in one level at a few pixels per thousand.
 
     Args:
         data: the file's bytes.
@@ -32,6 +35,8 @@ def decode_into(data: bytes, out: Pixels) -> None:
     """
     try:
         pixels = _decode_jpeg(data, out) if data[:2] == b"\xff\xd8" else _decode_other(data, out.shape[2])
+    except UnidentifiedImageError as error:
+        raise ValueError(f"not a readable image (unknown format, the first bytes are {data[:8]!r})") from error
     except Exception as error:  # decoders raise a dozen types for broken input
         raise ValueError(f"not a readable image ({type(error).__name__}: {error})") from error
     if pixels is not out:
@@ -48,15 +53,24 @@ def _decode_jpeg(data: bytes, out: Pixels) -> Pixels:
     if (height, width) == out.shape[:2]:
         simplejpeg.decode_jpeg(data, colorspace=wanted, buffer=out)
         return out
-    pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace=wanted)
+    pixels = _scratch(height * width * out.shape[2]).reshape(height, width, out.shape[2])
+    simplejpeg.decode_jpeg(data, colorspace=wanted, buffer=pixels)
     return pixels
+
+
+def _scratch(size: int) -> Pixels:
+    """Memory of this thread for an image that is resized at once; fresh pages would cost more than the resize."""
+    memory: Pixels | None = getattr(_thread, "memory", None)
+    if memory is None or memory.size < size:
+        memory = _thread.memory = np.empty(size, dtype=np.uint8)
+    return memory[:size]
 
 
 def _decode_other(data: bytes, channels: int) -> Pixels:
     with Image.open(io.BytesIO(data)) as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"pixels of mode {image.mode}, expected 8 bits per channel")
-        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+        pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
     return pixels.reshape(*pixels.shape[:2], channels)
 
 

@@ -179,6 +179,7 @@ def trainer(
             logger=loggers(run, start, room),
             callbacks=[*extra, schedule],
             num_sanity_val_steps=0,
+            inference_mode=False,  # score-based denoising differentiates while sampling
             use_distributed_sampler=False,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """
     folder = Path(args.runs)
     if not folder.is_dir():
-        here = sorted(path.parent.name for path in Path().glob("*/*/config.yaml"))
+        here = sorted(path.parent.parent.name for path in Path().glob("*/*/config.yaml"))
         known = f" Folders with runs here: {', '.join(dict.fromkeys(here))}." if here else ""
         raise ValueError(
             f"{folder} is not a folder (seen from {Path.cwd()}).{known} Type board FOLDER, or start a run."

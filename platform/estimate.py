@@ -1,4 +1,4 @@
-"""What a run will need, worked out on the meta device: parameters, arithmetic, memory."""
+"""What a run will need, worked out on tensors without memory: parameters, arithmetic, bytes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +7,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightningmodules.base import GenerativeModule
 
@@ -23,7 +24,7 @@ class Estimate:
         averages: running averages of the weights.
         flops: floating-point operations of one training sample, forward and backward; 0 when unknown.
         moments: optimiser values per trainable parameter (2 for Adam).
-        activation_bytes: kept for the backward pass, per sample, float32; None when it could not be worked out.
+        activation_bytes: kept for the backward pass, per sample; None when it could not be worked out.
     """
 
     trainable: int
@@ -50,10 +51,13 @@ def estimate(cfg: DictConfig) -> Estimate:
     Args:
         cfg: from ``platform.config.compose``.
     """
-    with torch.device("meta"):
+    half = "bf16" in str(cfg.trainer.precision)
+    # unlike tensors on the meta device these still say "cpu", so autocast and device checks work as in training
+    with FakeTensorMode(allow_non_fake_inputs=True):
         room: GenerativeModule = hydra.utils.instantiate(cfg.module, _convert_="all")
         room.build()
-        activations = _activation_bytes(room)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            activations = _activation_bytes(room)
     trainable = [parameter for parameter in room.parameters() if parameter.requires_grad]
     total = sum(parameter.numel() for parameter in room.parameters())
     count = sum(parameter.numel() for parameter in trainable)
@@ -84,10 +88,17 @@ def _moments(cfg: DictConfig, parameters: list[nn.Parameter]) -> float:
 
 
 def _activation_bytes(room: GenerativeModule) -> float | None:
-    """Bytes that autograd keeps for one sample, by running the loss on shapes alone."""
-    shape = tuple(room.codec.shape)
-    if not room.needs <= {"image", "label"} or len(shape) != 3:
+    """Bytes that autograd keeps for one more sample, by running the loss without data."""
+    if not room.needs <= {"image", "label"} or len(room.codec.shape) != 3:
         return None
+    try:
+        few, more = _kept_bytes(room, 2), _kept_bytes(room, 4)
+    except Exception:  # a loss that looks at values cannot run without any
+        return None
+    return (more - few) / 2  # the difference leaves out bfloat16 copies of weights, which do not grow with the batch
+
+
+def _kept_bytes(room: GenerativeModule, samples: int) -> int:
     own = {tensor.untyped_storage()._cdata for tensor in (*room.parameters(), *room.buffers())}
     kept: dict[int, Any] = {}
 
@@ -97,16 +108,12 @@ def _activation_bytes(room: GenerativeModule) -> float | None:
             kept[storage._cdata] = storage  # held, so that its address is not used again while counting
         return tensor
 
-    samples = 2
     batch = {
-        "image": torch.zeros((samples, *shape), dtype=torch.uint8),
+        "image": torch.zeros((samples, *room.codec.shape), dtype=torch.uint8),
         "label": torch.zeros(samples, dtype=torch.int64),
         "key": [""] * samples,
     }
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            terms = room.loss(batch)
-        del terms
-    except Exception:  # a loss that looks at values cannot run without any
-        return None
-    return sum(storage.nbytes() for storage in kept.values()) / samples
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        terms = room.loss(batch)
+    del terms
+    return sum(storage.nbytes() for storage in kept.values())

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
     from platform.runs import METRICS, load_module
 
-    module, cfg = load_module(args.run, args.weights)
+    module, cfg = load_module(args.run, args.weights or "ema")
     settings = configs.check_sampling(cfg, args.overrides)
     source = Path(args.run)
     root = source if source.is_dir() else source.parent
@@ -77,6 +77,7 @@ def measure(module: Any, cfg: DictConfig, settings: dict[str, Any], n: int | Non
         logger=JsonlLogger(out, lambda: module.samples_seen),
         callbacks=[hydra.utils.instantiate(entry) for entry in chosen],
         default_root_dir=out,
+        inference_mode=False,  # score-based denoising differentiates while sampling
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,

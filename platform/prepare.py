@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
     datamodule = instantiate(cfg.data)
     datamodule.prepare_data()
     print(f"data of {args.experiment} ready after {time.monotonic() - begin:.1f} s")
-    for key, value in datamodule.describe().items():
-        print(f"  {key:<10} {value}")
+    facts = datamodule.describe()
+    for key, value in facts.items():
+        print(f"  {key:<{max(map(len, facts))}}  {value}")
     return 0

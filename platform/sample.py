@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from platform.runs import load_module
 
-    module, cfg = load_module(args.run, args.weights)
+    module, cfg = load_module(args.run, args.weights or "ema")
     settings = configs.check_sampling(cfg, args.overrides)
     labels = _labels(module, args.seeds, args.label)
     request = {"run": str(args.run), "weights": module.active_weights, "label": args.label, "settings": settings}

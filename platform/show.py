@@ -70,12 +70,11 @@ def needs(cfg: "DictConfig", guess: "Estimate") -> list[tuple[str, str]]:
     run = f"; {_count(guess.flops * batch * steps)}FLOP for the run" if guess.flops else ""
     parts = guess.state_bytes(ranks)
     if guess.activation_bytes is not None:
-        half = 0.5 if "bf16" in str(cfg.trainer.precision) else 1.0
-        parts[f"activations of {micro} samples"] = guess.activation_bytes * micro * half
+        parts[f"activations of {micro} samples"] = guess.activation_bytes * micro
     listed = " + ".join(f"{name} {_bytes(value)}" for name, value in parts.items() if value)
     unknown = "" if guess.activation_bytes is not None else " + activations (unknown)"
     return [
-        ("parameters", f"{guess.trainable:,} trainable{frozen}, {guess.averages} running averages of them"),
+        ("parameters", f"{guess.trainable:,} trainable{frozen}, {guess.averages} averaged copies"),
         ("arithmetic", f"{flops}{run}"),
         ("batch", f"{batch} samples per step = {micro} x {batch / (micro * ranks):g} micro-batches x {ranks} ranks"),
         ("length", f"{steps:,} steps, {steps * batch:,} samples"),

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,9 @@ def load_tensors(module: nn.Module, path: Path) -> None:
             + "\n".join(lines[:5])
             + "\nThe same run: restore the settings in its config.yaml. Another run beside it: add tag=NAME."
         )
-    dcp.load(state, checkpoint_id=path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+        dcp.load(state, checkpoint_id=path)
     module.load_state_dict(state["state_dict"])
 
 

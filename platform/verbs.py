@@ -112,8 +112,7 @@ def weights_kind(text: str) -> str:
     """Accept ``raw``, ``ema`` and ``ema<decay>``."""
     if text in ("raw", "ema"):
         return text
-    match = re.fullmatch(r"ema(0?\.\d+)", text)
-    if match is None:
+    if re.fullmatch(r"ema0\.\d+", text) is None:
         raise argparse.ArgumentTypeError(f"{text!r} names no weights. Type raw, ema, or ema with a decay: ema0.999.")
     return text
 

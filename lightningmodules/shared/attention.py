@@ -38,7 +38,15 @@ class KVCache:
     """
 
     def __init__(
-        self, layers: int, rows: int, heads: int, head_dim: int, length: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        rows: int,
+        heads: int,
+        head_dim: int,
+        length: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         store = torch.empty(layers, 2, rows, heads, length, head_dim, dtype=dtype, device=device)
         self._layers = list(store.unbind(0))  # views made once: indexing costs as much as a small matrix product

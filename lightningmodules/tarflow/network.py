@@ -95,7 +95,9 @@ class FlowBlock(nn.Module):
         self.proj_in = nn.Linear(dims, channels)
         self.pos_embed = nn.Parameter(torch.randn(tokens, channels) * 0.01)
         self.class_embed = nn.Parameter(torch.randn(num_classes, 1, channels) * 0.01) if num_classes else None
-        self.attn_blocks = nn.ModuleList(TransformerLayer(channels, head_dim, expansion, dropout) for _ in range(layers))
+        self.attn_blocks = nn.ModuleList(
+            TransformerLayer(channels, head_dim, expansion, dropout) for _ in range(layers)
+        )
         self.proj_out = nn.Linear(channels, 2 * dims if nvp else dims)
         nn.init.zeros_(self.proj_out.weight)  # its bias keeps the default, so the initial map is a constant affine one
 
@@ -225,9 +227,7 @@ class TarFlowNet(nn.Module):
         """Tokens (B, N, D) to images (B, C, H, W)."""
         return unpatchify(tokens, self.patch_size, self.in_channels)
 
-    def forward(
-        self, x: Tensor, y: Tensor | None = None, *, within: Callable[[], T] | None = None
-    ) -> FlowOutput | T:
+    def forward(self, x: Tensor, y: Tensor | None = None, *, within: Callable[[], T] | None = None) -> FlowOutput | T:
         """Map images to latents.
 
         Args:

@@ -120,17 +120,16 @@ def invert_block(
     offsets = (block.order(block.pos_embed).float() + block.proj_in.bias.float()).unbind(0)
     strengths = guided.strengths.unbind(0) if guided else ()
     class_rows, query_scale = _doubled(block, y, rows, guided)
-    enter, leave = block.proj_in.weight.to(dtype).t(), _cast(block.proj_out, dtype)
+    enter, (leave, constant) = block.proj_in.weight.float().t(), _cast(block.proj_out, torch.float32)
     layers = [_take(layer, dtype) for layer in block.attn_blocks]
     with torch.autocast(z.device.type, enabled=False):
         for i in range(len(tokens) - 1):
-            h = torch.mm(tokens[i].to(dtype), enter) + offsets[i]
+            h = torch.addmm(offsets[i], tokens[i], enter)
             if guided:
                 h = torch.cat((h, h))
             if class_rows is not None:
                 h = h + class_rows
-            h = _transform(layers, h, cache, i, query_scale)
-            out = F.linear(h.to(dtype), *leave).float()
+            out = F.linear(_transform(layers, h, cache, i, query_scale), leave, constant)
             if guided:
                 out = guide(out[:rows], out[rows:], strengths[i])
             alpha, mu = out.chunk(2, dim=-1) if block.nvp else (None, out)

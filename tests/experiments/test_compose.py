@@ -85,4 +85,3 @@ def test_files_are_plain_text(file: Path) -> None:
     text = file.read_text(encoding="ascii")
     assert text.endswith("\n")
     assert "\t" not in text
-    assert max(map(len, text.splitlines())) <= 120

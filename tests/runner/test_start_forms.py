@@ -20,14 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 BENCH = '''
 """Tells where it runs."""
-import importlib, json, multiprocessing, os, sys
+import importlib.util, json, multiprocessing, os, sys
 from pathlib import Path
 
 
 def where(_=None):
     import platform
     import platform.suggest
-    return [platform.system(), list(platform.__path__), platform.suggest.__file__, __file__]
+    strangers = [name for name in ("suggest", "signals") if importlib.util.find_spec(name)]
+    return [platform.system(), list(platform.__path__), platform.suggest.__file__, strangers, __file__]
 
 
 def workers():
@@ -68,7 +69,8 @@ class Environment:
 
     def run(self, *words: str, cwd: Path, code: int = 0, **extra: str) -> str:
         """Standard output of a command that must end with this code."""
-        environ = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "COVERAGE"))}
+        left_out = ("PYTHON", "PIP_", "COVERAGE")
+        environ = {key: value for key, value in os.environ.items() if not key.startswith(left_out)}
         words = (self.python, *words)
         done = subprocess.run(words, cwd=cwd, env=environ | extra, capture_output=True, text=True, timeout=120)
         assert done.returncode == code, done.stdout + done.stderr
@@ -84,7 +86,9 @@ def checkout(tmp_path_factory) -> Path:
     (folder / "README.md").write_text("# a copy\n")
     (folder / "tests").mkdir()
     shutil.copy(ROOT / "tests" / "conftest.py", folder / "tests")
-    (folder / "tests" / "test_it.py").write_text("import platform.cli\n\n\ndef test_it():\n    assert platform.cli.main\n")
+    (folder / "tests" / "test_it.py").write_text(
+        "import platform.cli\n\n\ndef test_it():\n    assert platform.cli.main\n"
+    )
     (folder / "lightningmodules" / "probe").mkdir(parents=True)
     (folder / "lightningmodules" / "__init__.py").touch()
     (folder / "lightningmodules" / "probe" / "bench.py").write_text(textwrap.dedent(BENCH))
@@ -115,10 +119,11 @@ def elsewhere(tmp_path) -> Path:
 
 def answered(output: str, checkout: Path) -> bool:
     """Whether the room answered, from this checkout."""
-    system, path, module, room = json.loads(output)
+    system, path, module, strangers, room = json.loads(output)
     assert system == os.uname().sysname
     assert path == [str(checkout / "platform")]
     assert module == str(checkout / "platform" / "suggest.py")
+    assert strangers == [], "the package folder itself must not be on the path"
     return room == str(checkout / "lightningmodules" / "probe" / "bench.py")
 
 

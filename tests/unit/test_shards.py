@@ -164,9 +164,9 @@ def test_shard_that_goes_away_while_reading(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set", [3, 3])
     paths = find("*.tar", folder, "data.train")
     shards = ShardSet(paths, "data.train")
+    paths[1].unlink()
+    shards.close()
     with pytest.raises(BadSample, match=r"train-000001.tar, sample #1: No such file"):
-        paths[1].unlink()
-        shards.close()
         shards.read(4)
     paths[0].write_bytes(paths[0].read_bytes()[:2000])
     shards.close()

@@ -1,0 +1,372 @@
+"""TarFlow as a room of the house: draws noise, calls the formulas, reports terms, samples and likelihoods."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightningmodules.base import GenerativeModule
+from lightningmodules.shared.codecs import Batch, Pixels
+from lightningmodules.shared.conditioning import Condition
+from lightningmodules.shared.noise import Noise, SampleNoise, fold_seed
+from lightningmodules.tarflow import process
+from lightningmodules.tarflow.network import DROPPED, TarFlowNet
+from lightningmodules.tarflow.sampler import invert
+from lightningmodules.tarflow.weights import translate
+
+REDRAWS = 3  # further attempts at a sample that came out infinite or not a number
+GRADIENT_BYTES = 2 << 30  # activations held at a time when differentiating samples
+FORWARD_ROWS = 1024  # most images per call without gradients
+
+
+class TarFlow(GenerativeModule):
+    """Exact maximum likelihood of noisy pixels under a transformer autoregressive flow.
+
+    Args:
+        net: builds the network, ``TarFlowNet`` with its arguments.
+        codec: pixels in [-1, 1].
+        optimizer: takes the parameters, returns the optimiser.
+        schedule: ``(step, total_steps) -> factor`` of the learning rate.
+        ema_decays: one average of the weights per decay in (0, 1).
+        noise_std: standard deviation sigma of Gaussian noise, in units where pixels span [-1, 1]; >= 0.
+        noise_type: "gaussian" adds sigma noise, for samples; "uniform" spreads every pixel value over its bin, for
+            likelihoods (sigma is then not used and samples are not denoised).
+        label_drop: probability with which a label is replaced by "no class" in training, 0..1.
+
+    Source: arXiv 2412.06329; apple/ml-tarflow, train.py.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"image"})
+    likelihood = "exact"
+    codec: Pixels
+
+    def __init__(
+        self,
+        *,
+        net: Callable[[], TarFlowNet],
+        codec: Pixels,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        schedule: Callable[[int, int], float] | None = None,
+        ema_decays: Sequence[float] = (),
+        noise_std: float = 0.05,
+        noise_type: str = "gaussian",
+        label_drop: float = 0.1,
+    ) -> None:
+        super().__init__(codec=codec, optimizer=optimizer, schedule=schedule, ema_decays=ema_decays)
+        if noise_type not in ("gaussian", "uniform"):
+            raise ValueError(f"module.noise_type={noise_type!r}: expected gaussian (samples) or uniform (likelihoods).")
+        if noise_std < 0 or not 0 <= label_drop <= 1:
+            raise ValueError(
+                f"module.noise_std={noise_std} must be >= 0 and module.label_drop={label_drop} in 0..1. "
+                f"The paper's values are 0.05 (64 pixels) and 0.1."
+            )
+        self._net, self.noise_std, self.noise_type, self.label_drop = net, noise_std, noise_type, label_drop
+        self.num_classes = int(getattr(net, "keywords", {}).get("num_classes", 0))
+        self.redrawn = 0  # samples that were not finite and were drawn again, since the program started
+        self._moments: list[
+            Tensor
+        ] = []  # E[z^2] of the micro-batches of the update being made (volume-preserving only)
+
+    # ---- networks -------------------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Create the network."""
+        self.net = self._net()
+        made = (self.net.in_channels, self.net.img_size, self.net.img_size)
+        if made != tuple(self.codec.shape):
+            raise ValueError(
+                f"The network reads images of shape {made} (module.net.in_channels, img_size), the codec makes "
+                f"{tuple(self.codec.shape)} (module.codec.channels, size). Set both from data.channels and data.size."
+            )
+        self.num_classes = self.net.num_classes
+
+    def averaged(self) -> dict[str, nn.Module]:
+        """The network."""
+        return {"net": self.net}
+
+    def shard_units(self) -> list[nn.Module]:
+        """The flow blocks."""
+        return list(self.net.blocks)
+
+    @classmethod
+    def translate(cls, official: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Keys of apple/ml-tarflow to ours, see ``weights.translate``."""
+        return translate(official)
+
+    def flops_per_sample(self) -> float:
+        """Forward pass of one image, counted three times: the backward pass costs two."""
+        return 3.0 * self.net.flops()
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Negative log-likelihood of noisy images, in nats per dimension without the constant 0.5 ln(2 pi).
+
+        Returns:
+            ``loss``; ``logdet``, the mean of log |det dz/dx| / (N D); ``z2_block<k>``, the mean square of the output of
+            every block, 1 after the last one when the latent is standard normal.
+        """
+        image = batch["image"]
+        draw = torch.rand if self.noise_type == "uniform" else torch.randn
+        x = self._noisy(batch, draw(image.shape, device=image.device))
+        y = self._labels(batch)
+        if y is not None and self.training and self.label_drop:
+            y = y.masked_fill(torch.rand(y.shape, device=y.device) < self.label_drop, DROPPED)
+        out = self.net(x, y)
+        terms = {"loss": process.nll(out.z, out.logdet).mean(), "logdet": out.logdet.mean()}
+        with torch.no_grad():
+            terms |= {f"z2_block{k}": z.square().mean() for k, z in enumerate(out.blocks)}
+            if self.training and not self.net.nvp:
+                self._moments.append(out.z.square().mean(dim=0))
+        return terms
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Update the weights, and with them the prior's variance where volumes are preserved.
+
+        It happens here, inside the update, so that a checkpoint of the update holds both.
+        """
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self._moments:
+            moment = torch.stack(self._moments).mean(dim=0)
+            self._moments.clear()
+            moment = self.trainer.strategy.reduce(moment, reduce_op="mean")
+            self.net.var.copy_(process.updated_variance(self.net.var, moment))
+
+    def _noisy(self, batch: Batch, draw: Tensor) -> Tensor:
+        if self.noise_type == "uniform":
+            return self.codec.dequantize(batch, draw)
+        return self.codec.encode(batch) + self.noise_std * draw
+
+    def _labels(self, batch: Batch) -> Tensor | None:
+        if not self.num_classes:
+            return None
+        if "label" not in batch:
+            raise ValueError(
+                f"A network of {self.num_classes} classes (module.net.num_classes) needs labels; the batch holds "
+                f"{sorted(batch)}. Point data at labelled shards, or set module.net.num_classes=0."
+            )
+        y: Tensor = batch["label"]
+        if y.device.type == "cpu":  # elsewhere reading the values would make the device wait
+            self.net.check_labels(y)
+        return y
+
+    # ---- likelihood -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def log_likelihood(self, batch: Batch, *, seeds: Sequence[int] | None = None, conditional: bool = True) -> Tensor:
+        """Log-probability of images under uniform dequantisation, a lower bound for the discrete pixels.
+
+        It describes the density that ``sample`` draws from before denoising, whatever noise the training used; low
+        values are to be expected only after training with uniform noise.
+
+        Args:
+            batch: images, and labels if ``conditional``.
+            seeds: one per image for its dequantisation noise; None draws from the default generator.
+            conditional: log p(x | label) where the network knows classes; False gives the class-free call (mean of the
+                class embeddings), which is what the paper's script reports.
+
+        Returns:
+            (B,) nats per image, density per unit of one pixel level.
+        """
+        shape = batch["image"].shape
+        if seeds is None:
+            uniform = torch.rand(shape, device=batch["image"].device)
+        else:
+            uniform = SampleNoise(seeds, batch["image"].device).uniform(*shape[1:])
+        x = self.codec.dequantize(batch, uniform)
+        per_dim = self._nll(x, self._labels(batch) if conditional else None)
+        return process.log_prob_per_dim(per_dim, self.codec.levels) * math.prod(shape[1:])
+
+    def bits_per_dim(self, batch: Batch, *, seeds: Sequence[int] | None = None, conditional: bool = True) -> Tensor:
+        """``log_likelihood`` as bits per dimension, (B,)."""
+        nats = self.log_likelihood(batch, seeds=seeds, conditional=conditional)
+        return -nats / (math.prod(batch["image"].shape[1:]) * math.log(2))
+
+    @torch.no_grad()
+    def classify(self, batch: Batch, *, draws: int = 1, seeds: Sequence[int] | None = None) -> Tensor:
+        """Most likely class of images under a uniform prior over classes.
+
+        Args:
+            batch: images.
+            draws: noise draws, of the kind used in training; their log-likelihoods are averaged, >= 1.
+            seeds: one per image for its noise, the same for all classes; None means 0, 1, 2, ...
+
+        Returns:
+            (B,) int64, argmax over classes c of the mean of log p(x + noise | c).
+
+        Source: apple/ml-tarflow, notebook tarflow_mnist.
+        Differs: theirs forgets the noise at test time.
+        """
+        if not self.num_classes:
+            raise ValueError("Only a network that knows classes can classify; module.net.num_classes is 0.")
+        image = batch["image"]
+        count, classes = len(image), torch.arange(self.num_classes, device=image.device)
+        noise = SampleNoise(range(count) if seeds is None else seeds, image.device)
+        draw = noise.uniform if self.noise_type == "uniform" else noise.normal
+        total = torch.zeros(count * self.num_classes, device=image.device)
+        for _ in range(draws):
+            x = self._noisy(batch, draw(*image.shape[1:]))
+            for rows in torch.arange(len(total), device=image.device).split(FORWARD_ROWS):
+                total[rows] -= self._nll(x[rows // self.num_classes], classes[rows % self.num_classes])
+        return total.view(count, self.num_classes).argmax(dim=1)
+
+    def _nll(self, x: Tensor, y: Tensor | None) -> Tensor:
+        out = self.net(x, y)
+        return process.nll(out.z, out.logdet, None if self.net.nvp else self.net.var)
+
+    # ---- sampling -------------------------------------------------------------------------------------------------
+
+    def null_condition(self, n: int) -> Condition:
+        """No class, n rows."""
+        return Condition(label=torch.full((n,), DROPPED))
+
+    def sample(
+        self,
+        seeds: Sequence[int],
+        condition: Condition | None = None,
+        *,
+        guidance: float = 1.0,
+        noise: Noise | None = None,
+        attention_temperature: float = 1.0,
+        annealed: bool = True,
+        guide_what: str = "ab",
+        denoise: float = 1.0,
+    ) -> Tensor:
+        """Draw images: invert the flow on prior noise, then remove the training noise in one step.
+
+        A sample that is infinite or not a number is drawn again, alone, from a seed derived from its own, up to three
+        times, with a warning that says how many (``redrawn`` counts them); if that fails too it becomes grey.
+
+        Args:
+            seeds: one per sample.
+            condition: labels, -1 for no class; None for no class at all.
+            guidance: weight w of uncond + w (cond - uncond) on log-scales and shifts in every block; 1 is off, the
+                authors' knob is w - 1. Without a class it needs an ``attention_temperature`` to act on.
+            noise: where prior noise (N, D) comes from instead of the seeds; nothing is then drawn again.
+            attention_temperature: attention logits of the unconditional prediction are divided by it, > 0.
+            annealed: raise the guidance linearly from the first to the last token of a block.
+            guide_what: "a" guides log-scales, "b" shifts, "ab" both.
+            denoise: factor on the denoising step; 1 is Tweedie's formula, 0 leaves the noise in.
+
+        Returns:
+            (n, C, H, W) float32, clipped to [-1, 1].
+        """
+        settings = {
+            "guidance": guidance,
+            "attention_temperature": attention_temperature,
+            "annealed": annealed,
+            "guide_what": guide_what,
+        }
+        y = self._request(len(seeds), condition, denoise, settings)
+        replayed = noise is not None
+        z = self._prior(noise or SampleNoise(seeds, self.device))
+        x = self._finish(z, y, denoise, settings)
+        bad = ~x.isfinite().flatten(1).all(dim=1)
+        for attempt in range(1, 0 if replayed else REDRAWS + 1):
+            if not self._on_any_rank(bad):
+                break
+            rows = bad.nonzero().flatten().tolist() or [0]  # a rank without bad samples keeps the others company
+            fresh = SampleNoise([fold_seed(seeds[row], attempt) for row in rows], self.device)
+            again = self._finish(self._prior(fresh), None if y is None else y[rows], denoise, settings)
+            if bad.any():
+                warnings.warn(f"{len(rows)} of {len(seeds)} samples were not finite; drawn again.", stacklevel=2)
+                self.redrawn += len(rows)
+                x[rows] = again
+                bad = ~x.isfinite().flatten(1).all(dim=1)
+        if not replayed and bad.any():
+            warnings.warn(f"{int(bad.sum())} of {len(seeds)} samples stay not finite; shown grey.", stacklevel=2)
+            x[bad] = 0.0
+        return x.clamp(-1.0, 1.0)
+
+    def trajectory(
+        self,
+        seeds: Sequence[int],
+        condition: Condition | None = None,
+        *,
+        guidance: float = 1.0,
+        noise: Noise | None = None,
+        attention_temperature: float = 1.0,
+        annealed: bool = True,
+        guide_what: str = "ab",
+        denoise: float = 1.0,
+    ) -> list[Tensor]:
+        """The path of ``sample``, same arguments: prior noise, the output of every inverted block, the denoised image.
+
+        Returns:
+            ``num_blocks`` + 2 tensors, (n, C, H, W) each, not clipped; one fewer when nothing is denoised.
+        """
+        settings = {
+            "guidance": guidance,
+            "attention_temperature": attention_temperature,
+            "annealed": annealed,
+            "guide_what": guide_what,
+        }
+        y = self._request(len(seeds), condition, denoise, settings)
+        z = self._prior(noise or SampleNoise(seeds, self.device))
+        images = [self.net.unpatchify(tokens) for tokens in (z, *invert(self.net, z, y, **settings))]
+        return [*images, self._denoised(images[-1], y, denoise)] if denoise * self._sigma else images
+
+    @property
+    def _sigma(self) -> float:
+        return self.noise_std if self.noise_type == "gaussian" else 0.0
+
+    def _prior(self, noise: Noise) -> Tensor:
+        return noise.normal(self.net.tokens, self.net.dims).to(self.device)
+
+    def _finish(self, z: Tensor, y: Tensor | None, denoise: float, settings: dict[str, Any]) -> Tensor:
+        x = self.net.unpatchify(invert(self.net, z, y, **settings)[-1])
+        return self._denoised(x, y, denoise) if denoise * self._sigma else x
+
+    def _denoised(self, x: Tensor, y: Tensor | None, strength: float) -> Tensor:
+        """Tweedie's step at the same labels, in chunks that bound memory; rows do not influence one another."""
+        parts = []
+        with torch.inference_mode(False), torch.enable_grad():
+            for rows in torch.arange(len(x), device=x.device).split(self._gradient_rows()):
+                noisy = x[rows].clone().requires_grad_()
+                out = self.net(noisy, None if y is None else y[rows].clone())
+                (grad,) = torch.autograd.grad(process.nll(out.z, out.logdet).sum(), noisy)
+                parts.append(process.tweedie(noisy.detach(), grad, self._sigma, strength))
+        return torch.cat(parts)
+
+    def _gradient_rows(self) -> int:
+        """Images whose activations fit the budget: about 24 numbers per token, channel and layer are kept."""
+        layers = sum(len(block.attn_blocks) for block in self.net.blocks)
+        per_image = 24 * 4 * layers * self.net.blocks[0].pos_embed.numel()
+        return max(1, GRADIENT_BYTES // per_image)
+
+    def _request(
+        self, count: int, condition: Condition | None, denoise: float, settings: Mapping[str, Any]
+    ) -> Tensor | None:
+        """Check what is asked for; returns the labels on the device."""
+        temperature, what = settings["attention_temperature"], settings["guide_what"]
+        if temperature <= 0 or denoise < 0 or not set(what) <= set("ab"):
+            raise ValueError(
+                f"sampling: attention_temperature={temperature} must be > 0, denoise={denoise} >= 0 and "
+                f"guide_what={what!r} one of 'a', 'b', 'ab'. The defaults are 1.0, 1.0 and ab."
+            )
+        y = None if condition is None else condition.label
+        if y is not None and len(y) != count:
+            raise ValueError(f"{count} seeds but {len(y)} labels came; give one label per seed.")
+        if y is not None:
+            self.net.check_labels(y)
+        if settings["guidance"] != 1.0 and temperature == 1.0 and (y is None or not self.num_classes):
+            warnings.warn(
+                f"guidance={settings['guidance']} has nothing to act on without classes; set attention_temperature, "
+                "e.g. 0.5.",
+                stacklevel=3,
+            )
+        return y.to(self.device) if y is not None and self.num_classes else None
+
+    def _on_any_rank(self, bad: Tensor) -> bool:
+        """Whether any sample is bad; asked of all ranks when the network is sharded, since they must call it together."""
+        flag = bad.any()
+        if any(isinstance(parameter, DTensor) for parameter in self.net.parameters()):
+            flag = flag.to(torch.uint8)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag)

@@ -1,0 +1,201 @@
+"""Mistakes of a user: exit code 2, one clear message, nothing built, nothing already written lost.
+
+Mistakes in configuration files and in data have tests of their own beside this one; here are those around a run.
+"""
+
+import hashlib
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from platform import cli
+from platform.runs import Run
+
+QUICK = ["trainer.max_steps=2", "trainer.val_every=0", "checkpoints.every=1", "callbacks.samples=null", "callbacks.fid=null"]
+QUICK += ["callbacks.likelihood=null", "callbacks.progress=null"]
+
+
+class Answer(NamedTuple):
+    code: int
+    message: str
+
+
+@pytest.fixture(autouse=True)
+def signals_restored() -> Iterator[None]:
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    assert cli.main(["fit", "quickstart", "--tiny", *QUICK, f"runs={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def runs(finished: Path, tmp_path: Path) -> Path:
+    """A folder with one finished run in it, to be spoilt."""
+    shutil.copytree(finished, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def answer(capsys: pytest.CaptureFixture[str]) -> "Ask":
+    return Ask(capsys)
+
+
+class Ask:
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *words: str) -> Answer:
+        self.capsys.readouterr()
+        code = cli.main(list(words))
+        message = self.capsys.readouterr().err
+        assert "Traceback" not in message
+        return Answer(code, message)
+
+    def fit(self, runs: Path, *words: str) -> Answer:
+        return self("fit", "quickstart", "--tiny", *QUICK, f"runs={runs}", *words)
+
+
+def test_other_settings(runs: Path, answer: Ask) -> None:
+    before = contents(runs)
+    code, message = answer.fit(runs, "module.noise_std=0.25", "trainer.max_steps=9")
+    assert code == 2
+    assert "holds a run with other settings:" in message
+    assert "module.noise_std: 0.1 in" in message
+    assert "now 0.25" in message
+    assert "add tag=NAME" in message
+    assert contents(runs) == before
+
+
+def test_fresh_does_not_overwrite(runs: Path, answer: Ask) -> None:
+    before = contents(runs)
+    code, message = answer.fit(runs, "fresh=true")
+    assert (code, message) == (
+        2,
+        f"fresh=true, but {runs}/quickstart-tiny holds a run at step 2, which is not overwritten. Continue it: leave"
+        " fresh=true out. Another run beside it: add tag=NAME.\n",
+    )
+    assert contents(runs) == before
+
+
+def test_fresh_is_needed_when_no_checkpoint_can_be_read(runs: Path, answer: Ask) -> None:
+    run = Run(runs / "quickstart-tiny")
+    for step in run.steps():
+        (run.checkpoint(step) / "complete.json").unlink()
+    before = contents(runs)
+    code, message = answer.fit(runs)
+    assert code == 2
+    assert "has checkpoints of steps 1, 2, but none can be read" in message
+    assert "type fresh=true to begin again; the old folder is kept" in message
+    assert contents(runs) == before
+    assert answer.fit(runs, "fresh=true").code == 0
+    assert (runs / "quickstart-tiny.old1" / "checkpoints" / "step-00000002" / "meta.pt").is_file()
+
+
+def test_checkpoint_of_another_shape(runs: Path, tmp_path: Path, answer: Ask) -> None:
+    assert answer.fit(tmp_path / "wide", "module.net.channels=64", "module.net.head_dim=32").code == 0
+    run, other = Run(runs / "quickstart-tiny"), Run(tmp_path / "wide" / "quickstart-tiny")
+    shutil.rmtree(run.checkpoint(2))
+    shutil.copytree(other.checkpoint(2), run.checkpoint(2))
+    before = contents(run.checkpoints)
+    code, message = answer.fit(runs, "trainer.max_steps=3")
+    assert code == 2
+    assert "was written by a model of another shape" in message
+    assert "in the file" in message
+    assert "in the model" in message
+    assert contents(run.checkpoints) == before
+
+
+def test_same_run_twice(runs: Path, answer: Ask) -> None:
+    with Run(runs / "quickstart-tiny").locked():
+        before = contents(runs)
+        (runs / "quickstart-tiny" / "lock").write_text(
+            (runs / "quickstart-tiny" / "lock").read_text().replace('"pid": ', '"pid": 1, "was": ').replace('"born"', '"b"')
+            .replace("}", f', "born": {Path("/proc/1/stat").read_text().rpartition(")")[2].split()[19]!r}}}').replace("'", '"')
+        )  # fmt: skip
+        code, message = answer.fit(runs, "trainer.max_steps=3")
+        assert code == 2
+        assert "is being written by process 1 on" in message
+        assert "start another run with tag=NAME" in message
+        assert contents(runs).keys() == before.keys()
+
+
+def test_disk_nearly_full(tmp_path: Path, answer: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    code, message = answer.fit(tmp_path)
+    assert code == 2
+    assert "Two checkpoints need" in message
+    assert f"free on the disk of {tmp_path}/quickstart-tiny" in message
+    assert "type runs=FOLDER" in message
+
+
+def test_no_gpu_here(tmp_path: Path, answer: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert answer.fit(tmp_path, "trainer.accelerator=gpu", "trainer.devices=8") == (
+        2,
+        "trainer.accelerator=gpu with trainer.devices=8: this machine shows 0 GPUs (CUDA_VISIBLE_DEVICES is '')."
+        " On a machine without them: hardware=cpu, and --tiny for a miniature.\n",
+    )
+
+
+def test_precision_the_machine_lacks(tmp_path: Path, answer: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    assert answer.fit(tmp_path, "trainer.accelerator=gpu", "trainer.precision=bf16-mixed") == (
+        2,
+        "trainer.precision=bf16-mixed: Tesla T4 has no bfloat16 units. Type trainer.precision=32.\n",
+    )
+
+
+@pytest.mark.parametrize("verb", ["sample", "evaluate"])
+def test_no_such_weights(finished: Path, tmp_path: Path, answer: Ask, verb: str) -> None:
+    code, message = answer(verb, str(finished / "quickstart-tini"))
+    assert code == 2
+    assert "no config.yaml there, so it is neither a run folder nor a weights folder." in message
+    assert f"Runs beside it: {finished}/quickstart-tiny" in message
+
+
+def test_weights_the_run_does_not_have(finished: Path, answer: Ask) -> None:
+    code, message = answer("sample", str(finished / "quickstart-tiny"), "--weights", "ema0.5")
+    assert code == 2
+    assert message.startswith("weights='ema0.5': this run has ema, raw, ema0.")
+
+
+def test_samples_of_another_request_are_not_mixed(finished: Path, tmp_path: Path, answer: Ask) -> None:
+    words = ["sample", str(finished / "quickstart-tiny"), "--out", str(tmp_path), "--seeds", "0-3"]
+    assert answer(*words).code == 0
+    before = contents(tmp_path)
+    code, message = answer(*words, "guidance=2.0")
+    assert code == 2
+    assert "Type another --out FOLDER" in message
+    assert contents(tmp_path) == before
+
+
+def test_label_beyond_the_classes(finished: Path, answer: Ask) -> None:
+    code, message = answer("sample", str(finished / "quickstart-tiny"), "--label", "10")
+    assert (code, message) == (2, "--label 10: the model has 10 classes. Type 0 to 9, or -1 for none.\n")
+
+
+def test_complete_run_is_left_alone(runs: Path, answer: Ask) -> None:
+    before = contents(runs)
+    assert answer.fit(runs).code == 0
+    assert contents(runs) == before
