@@ -1,6 +1,7 @@
 """Bits per dimension and Bayes accuracy on held-out data."""
 
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -87,6 +88,11 @@ class Likelihood(L.Callback):
         likelihood: Callable[..., Tensor] = getattr(module, "log_likelihood")  # noqa: B009 - rooms may lack it
         classify: Callable[..., Tensor] | None = getattr(module, "classify", None)
         wanted = self.classify and classify is not None and module.num_classes > 1
+        seeded = classify is not None and "seeds" in inspect.signature(classify).parameters
+
+        def settings(batch: Mapping[str, Any]) -> dict[str, Any]:
+            return {**({"seeds": seeds_of(batch)} if seeded else {}), **self.classify_settings}
+
         sums = torch.zeros(5, dtype=torch.float64)
         for batch, counts in _in_step(trainer, self.max_batches):
             if module.stop_requested():
@@ -96,7 +102,7 @@ class Likelihood(L.Callback):
             finite = nats.isfinite()
             row = [len(nats), float(nats[finite].sum()), 0, 0, int((~finite).sum())]
             if wanted and classify is not None and "label" in batch:
-                right = classify(batch, **self.classify_settings).cpu() == batch["label"].cpu()
+                right = classify(batch, **settings(batch)).cpu() == batch["label"].cpu()
                 row[2:4] = [int(right.sum()), len(right)]
             if counts:
                 sums += torch.tensor(row, dtype=torch.float64)

@@ -100,7 +100,7 @@ def grid(
         card: width available to small pictures; larger samples are drawn at their own size.
 
     Returns:
-        The picture, at most ``card`` wide unless the samples themselves are wider.
+        The picture, ``card`` wide unless the samples themselves are wider; tiles stand in the middle.
     """
     count, height, width = tiles.shape[:3]
     rows = -(-count // columns)
@@ -113,8 +113,8 @@ def grid(
     tile_w, tile_h = width * scale, height * scale
     total_w = left + columns * tile_w + (columns - 1) * gap + PAD
     font = _font(12 if total_w <= 400 else 15)
-    minimum = PAD * 2 + _width(font, heading)
-    left, total_w = _centred(left, total_w, max(minimum, card * 3 // 4))
+    # A card stretches whatever it shows to its own width; a narrower picture would lose its whole factor there.
+    left, total_w = left + max(0, card - total_w) // 2, max(card, total_w)
     lines = _wrap(font, [heading, *details], total_w - 2 * PAD)
     line_h = round(font.size * 1.35)
     top = PAD + len(lines) * line_h + (line_h if column_labels else PAD // 2)
@@ -191,7 +191,7 @@ def film_strip(columns: Sequence[np.ndarray], labels: Sequence[str], heading: st
 
 
 def animation(
-    frames: Sequence[np.ndarray], columns: int, captions: Sequence[str], *, side: int = 160, step_ms: int = 160
+    frames: Sequence[np.ndarray], columns: int, captions: Sequence[str], *, side: int = 160, seconds: float = 2.4
 ) -> bytes:
     """Animated PNG of grids, first and last frame held longer, endless.
 
@@ -200,7 +200,7 @@ def animation(
         columns: tiles per row.
         captions: one per frame, drawn below.
         side: largest width and height in pixels.
-        step_ms: milliseconds per frame.
+        seconds: of one round, besides the extra time of the first and the last frame.
     """
     count = len(frames[0])
     rows = -(-count // columns)
@@ -218,7 +218,8 @@ def animation(
             canvas.paste(Image.fromarray(tile).resize((layout.width, layout.height), Image.Resampling.NEAREST), box[:2])
         ImageDraw.Draw(canvas).text((size[0] // 2, size[1] - 3), caption, PALE, _font(10), anchor="ms")
         drawn.append(canvas)
-    held = [3 * step_ms, *[step_ms] * (len(drawn) - 2), 10 * step_ms][-len(drawn) :]
+    step = round(1000 * seconds / len(drawn))
+    held = [step + 300, *[step] * (len(drawn) - 2), step + 1500][-len(drawn) :]
     buffer = io.BytesIO()
     drawn[0].save(buffer, "PNG", save_all=True, append_images=drawn[1:], duration=held, loop=0, compress_level=6)
     return buffer.getvalue()
@@ -231,11 +232,6 @@ def short_count(number: float) -> str:
             value = number / limit
             return (f"{value:.1f}".removesuffix(".0") if value < 10 else f"{value:.0f}") + suffix
     return f"{number:.0f}"
-
-
-def _centred(left: int, width: int, least: int) -> tuple[int, int]:
-    """Left edge and width of a picture that the title makes wider than its tiles."""
-    return left + max(0, least - width) // 2, max(width, least)
 
 
 def _boxes(layout: Layout) -> list[tuple[int, int, int, int]]:

@@ -73,11 +73,11 @@ class Progress(L.Callback):
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
         latest = pl_module.latest
-        shown = {tag: value for tag, value in latest.items() if tag.startswith(MEASURED) and not tag.endswith("_raw")}
+        told = [tag for tag in latest if tag == "val/loss" or (tag.startswith("metrics/") and not tag.endswith("_raw"))]
         pl_module.latest = {**self._before, **latest}  # what was not measured this time keeps its value
-        if shown:
+        if told:
             self._metric_step = pl_module.updates
-            parts = [f"{_short(tag)} {value:.4g}" for tag, value in shown.items()]
+            parts = [f"{_short(tag)} {latest[tag]:.4g}" for tag in told]
             self._print("  ".join([f"validation at {pl_module.updates}", *parts]))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

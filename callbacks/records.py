@@ -145,18 +145,6 @@ def picture_path(trainer: L.Trainer, tag: str, step: int) -> Path:
     return Path(trainer.default_root_dir) / SAMPLES_FOLDER / f"step_{step:09d}" / f"{name}.png"
 
 
-def text(trainer: L.Trainer, tag: str, markdown: str) -> None:
-    """Show a text in TensorBoard; indent by four spaces what must appear letter for letter."""
-    if not trainer.is_global_zero:
-        return
-    module = trainer.lightning_module
-    assert isinstance(module, GenerativeModule)
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(tag, markdown, module.updates)
-            _flush(logger)
-
-
 @rank_zero_only
 def warn_once(key: str, message: str) -> None:
     """Warn the first time ``key`` comes up in this process; from rank 0 only."""

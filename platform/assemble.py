@@ -69,7 +69,7 @@ def check_machine(cfg: DictConfig) -> None:
 
 def data(cfg: DictConfig) -> Any:
     """The data module with its shards made and checked: everything that can be wrong with data shows here."""
-    datamodule = hydra.utils.instantiate(cfg.data)
+    datamodule = hydra.utils.instantiate(cfg.data, _convert_="all")
     datamodule.prepare_data()
     datamodule.setup("fit")
     datamodule.accumulation_for(world_size(cfg))
@@ -78,7 +78,7 @@ def data(cfg: DictConfig) -> Any:
 
 def module(cfg: DictConfig, flag: StopFlag) -> GenerativeModule:
     """The room, its networks not built yet."""
-    room = hydra.utils.instantiate(cfg.module)
+    room = hydra.utils.instantiate(cfg.module, _convert_="all")
     room.run_seed = int(cfg.seed)
     room.stop_requested = flag.poll
 
@@ -95,7 +95,7 @@ def module(cfg: DictConfig, flag: StopFlag) -> GenerativeModule:
 def blueprint(cfg: DictConfig) -> GenerativeModule:
     """The room with its networks on the meta device: shapes and counts without memory."""
     with torch.device("meta"):
-        room: GenerativeModule = hydra.utils.instantiate(cfg.module)
+        room: GenerativeModule = hydra.utils.instantiate(cfg.module, _convert_="all")
         room.build()
     return room
 
@@ -122,7 +122,7 @@ def check_disk(folder: Path, needed: int) -> None:
 
 def callbacks(cfg: DictConfig) -> list[L.Callback]:
     """Callbacks of the configuration in its order; entries set to null are off."""
-    return [hydra.utils.instantiate(entry) for entry in cfg.callbacks.values() if entry is not None]
+    return [hydra.utils.instantiate(entry, _convert_="all") for entry in cfg.callbacks.values() if entry is not None]
 
 
 def loggers(run: Run, start: int, room: GenerativeModule) -> list[Logger]:

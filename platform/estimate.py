@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightningmodules.base import GenerativeModule
 
@@ -53,7 +54,7 @@ def estimate(cfg: DictConfig) -> Estimate:
     """
     half = "bf16" in str(cfg.trainer.precision)
     # unlike tensors on the meta device these still say "cpu", so autocast and device checks work as in training
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _AllZero():
         room: GenerativeModule = hydra.utils.instantiate(cfg.module, _convert_="all")
         room.build()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
@@ -69,6 +70,15 @@ def estimate(cfg: DictConfig) -> Estimate:
         moments=_moments(cfg, trainable),
         activation_bytes=activations,
     )
+
+
+class _AllZero(TorchDispatchMode):
+    """Answers 0 where code reads a value that is not there: labels and pixels are zeros here."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return False if args[0].dtype is torch.bool else 0
+        return func(*args, **(kwargs or {}))
 
 
 def _moments(cfg: DictConfig, parameters: list[nn.Parameter]) -> float:
@@ -93,7 +103,7 @@ def _activation_bytes(room: GenerativeModule) -> float | None:
         return None
     try:
         few, more = _kept_bytes(room, 2), _kept_bytes(room, 4)
-    except Exception:  # a loss that looks at values cannot run without any
+    except Exception:  # a loss that lives on values cannot run without any
         return None
     return (more - few) / 2  # the difference leaves out bfloat16 copies of weights, which do not grow with the batch
 

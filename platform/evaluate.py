@@ -75,7 +75,7 @@ def measure(module: Any, cfg: DictConfig, settings: dict[str, Any], n: int | Non
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
         logger=JsonlLogger(out, lambda: module.samples_seen),
-        callbacks=[hydra.utils.instantiate(entry) for entry in chosen],
+        callbacks=[hydra.utils.instantiate(entry, _convert_="all") for entry in chosen],
         default_root_dir=out,
         inference_mode=False,  # score-based denoising differentiates while sampling
         enable_progress_bar=False,

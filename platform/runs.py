@@ -211,7 +211,7 @@ def load_module(path: str | Path, weights: str = "ema") -> tuple[Any, Any]:
             f" Train one with: python -m platform fit"
         )
     cfg = configs.load(folder / CONFIG)
-    module = hydra.utils.instantiate(cfg.module)
+    module = hydra.utils.instantiate(cfg.module, _convert_="all")
     module.run_seed = cfg.seed
     if (folder / WEIGHTS).is_file():
         module.ema_decays = ()

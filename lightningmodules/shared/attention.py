@@ -25,7 +25,7 @@ class KVCache:
     """Keys and values of the tokens read so far, for every layer, in one tensor allocated once.
 
     The cache is an argument of the call that uses it, never state of a module, so two samplers may share one network.
-    It keeps no position of its own: the caller says where the new tokens go, and starting again at position 0 reuses it.
+    It keeps no position of its own: the caller says where a token goes, and starting again at position 0 reuses it.
 
     Args:
         layers: number of attention layers that write to it.
@@ -84,7 +84,7 @@ class CausalAttention(nn.Module):
         if channels % head_dim:
             raise ValueError(
                 f"channels={channels} is not a multiple of head_dim={head_dim} ({channels / head_dim:g} heads). "
-                f"Set module.net.channels to a multiple of module.net.head_dim, e.g. {max(1, channels // head_dim) * head_dim}."
+                f"Set module.net.channels to e.g. {max(1, channels // head_dim) * head_dim}, or module.net.head_dim."
             )
         self.heads, self.head_dim = channels // head_dim, head_dim
         self.norm = LayerNorm(channels)

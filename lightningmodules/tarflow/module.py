@@ -15,7 +15,7 @@ from lightningmodules.shared.conditioning import Condition
 from lightningmodules.shared.noise import Noise, SampleNoise, fold_seed
 from lightningmodules.tarflow import process
 from lightningmodules.tarflow.network import DROPPED, TarFlowNet
-from lightningmodules.tarflow.sampler import invert
+from lightningmodules.tarflow.sampler import Guidance, invert
 from lightningmodules.tarflow.weights import translate
 
 REDRAWS = 3  # further attempts at a sample that came out infinite or not a number
@@ -67,9 +67,7 @@ class TarFlow(GenerativeModule):
         self._net, self.noise_std, self.noise_type, self.label_drop = net, noise_std, noise_type, label_drop
         self.num_classes = int(getattr(net, "keywords", {}).get("num_classes", 0))
         self.redrawn = 0  # samples that were not finite and were drawn again, since the program started
-        self._moments: list[
-            Tensor
-        ] = []  # E[z^2] of the micro-batches of the update being made (volume-preserving only)
+        self._moments: list[Tensor] = []  # E[z^2] of this update's micro-batches, if volumes are preserved
 
     # ---- networks -------------------------------------------------------------------------------------------------
 
@@ -90,7 +88,7 @@ class TarFlow(GenerativeModule):
 
     def shard_units(self) -> list[nn.Module]:
         """The flow blocks."""
-        return list(self.net.blocks)
+        return list(self.net.steps)
 
     @classmethod
     def translate(cls, official: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -257,23 +255,18 @@ class TarFlow(GenerativeModule):
         Returns:
             (n, C, H, W) float32, clipped to [-1, 1].
         """
-        settings = {
-            "guidance": guidance,
-            "attention_temperature": attention_temperature,
-            "annealed": annealed,
-            "guide_what": guide_what,
-        }
-        y = self._request(len(seeds), condition, denoise, settings)
+        guide = Guidance(guidance, attention_temperature, annealed, guide_what)
+        y = self._request(len(seeds), condition, denoise, guide)
         replayed = noise is not None
         z = self._prior(noise or SampleNoise(seeds, self.device))
-        x = self._finish(z, y, denoise, settings)
+        x = self._finish(z, y, denoise, guide)
         bad = ~x.isfinite().flatten(1).all(dim=1)
         for attempt in range(1, 0 if replayed else REDRAWS + 1):
             if not self._on_any_rank(bad):
                 break
             rows = bad.nonzero().flatten().tolist() or [0]  # a rank without bad samples keeps the others company
             fresh = SampleNoise([fold_seed(seeds[row], attempt) for row in rows], self.device)
-            again = self._finish(self._prior(fresh), None if y is None else y[rows], denoise, settings)
+            again = self._finish(self._prior(fresh), None if y is None else y[rows], denoise, guide)
             if bad.any():
                 warnings.warn(f"{len(rows)} of {len(seeds)} samples were not finite; drawn again.", stacklevel=2)
                 self.redrawn += len(rows)
@@ -301,15 +294,10 @@ class TarFlow(GenerativeModule):
         Returns:
             ``num_blocks`` + 2 tensors, (n, C, H, W) each, not clipped; one fewer when nothing is denoised.
         """
-        settings = {
-            "guidance": guidance,
-            "attention_temperature": attention_temperature,
-            "annealed": annealed,
-            "guide_what": guide_what,
-        }
-        y = self._request(len(seeds), condition, denoise, settings)
+        guide = Guidance(guidance, attention_temperature, annealed, guide_what)
+        y = self._request(len(seeds), condition, denoise, guide)
         z = self._prior(noise or SampleNoise(seeds, self.device))
-        images = [self.net.unpatchify(tokens) for tokens in (z, *invert(self.net, z, y, **settings))]
+        images = [self.net.unpatchify(tokens) for tokens in (z, *invert(self.net, z, y, guide))]
         return [*images, self._denoised(images[-1], y, denoise)] if denoise * self._sigma else images
 
     @property
@@ -319,8 +307,8 @@ class TarFlow(GenerativeModule):
     def _prior(self, noise: Noise) -> Tensor:
         return noise.normal(self.net.tokens, self.net.dims).to(self.device)
 
-    def _finish(self, z: Tensor, y: Tensor | None, denoise: float, settings: dict[str, Any]) -> Tensor:
-        x = self.net.unpatchify(invert(self.net, z, y, **settings)[-1])
+    def _finish(self, z: Tensor, y: Tensor | None, denoise: float, guide: Guidance) -> Tensor:
+        x = self.net.unpatchify(invert(self.net, z, y, guide)[-1])
         return self._denoised(x, y, denoise) if denoise * self._sigma else x
 
     def _denoised(self, x: Tensor, y: Tensor | None, strength: float) -> Tensor:
@@ -336,35 +324,29 @@ class TarFlow(GenerativeModule):
 
     def _gradient_rows(self) -> int:
         """Images whose activations fit the budget: about 24 numbers per token, channel and layer are kept."""
-        layers = sum(len(block.attn_blocks) for block in self.net.blocks)
-        per_image = 24 * 4 * layers * self.net.blocks[0].pos_embed.numel()
+        layers = sum(len(block.layers) for block in self.net.steps)
+        per_image = 24 * 4 * layers * self.net.steps[0].pos_embed.numel()
         return max(1, GRADIENT_BYTES // per_image)
 
-    def _request(
-        self, count: int, condition: Condition | None, denoise: float, settings: Mapping[str, Any]
-    ) -> Tensor | None:
+    def _request(self, count: int, condition: Condition | None, denoise: float, guide: Guidance) -> Tensor | None:
         """Check what is asked for; returns the labels on the device."""
-        temperature, what = settings["attention_temperature"], settings["guide_what"]
-        if temperature <= 0 or denoise < 0 or not set(what) <= set("ab"):
-            raise ValueError(
-                f"sampling: attention_temperature={temperature} must be > 0, denoise={denoise} >= 0 and "
-                f"guide_what={what!r} one of 'a', 'b', 'ab'. The defaults are 1.0, 1.0 and ab."
-            )
+        if denoise < 0:
+            raise ValueError(f"sampling.denoise={denoise}: expected >= 0; 1 is Tweedie's formula, 0 is off.")
         y = None if condition is None else condition.label
         if y is not None and len(y) != count:
             raise ValueError(f"{count} seeds but {len(y)} labels came; give one label per seed.")
         if y is not None:
             self.net.check_labels(y)
-        if settings["guidance"] != 1.0 and temperature == 1.0 and (y is None or not self.num_classes):
+        if guide.weight != 1.0 and guide.temperature == 1.0 and (y is None or not self.num_classes):
             warnings.warn(
-                f"guidance={settings['guidance']} has nothing to act on without classes; set attention_temperature, "
-                "e.g. 0.5.",
+                f"sampling.guidance={guide.weight} has nothing to act on without classes; set "
+                "sampling.attention_temperature, e.g. 0.5.",
                 stacklevel=3,
             )
         return y.to(self.device) if y is not None and self.num_classes else None
 
     def _on_any_rank(self, bad: Tensor) -> bool:
-        """Whether any sample is bad; asked of all ranks when the network is sharded, since they must call it together."""
+        """Whether any sample is bad; on all ranks when the network is sharded, since they must call it together."""
         flag = bad.any()
         if any(isinstance(parameter, DTensor) for parameter in self.net.parameters()):
             flag = flag.to(torch.uint8)

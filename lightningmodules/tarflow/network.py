@@ -4,7 +4,7 @@ Parameter names are those of apple/ml-tarflow, so its checkpoints load without r
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class FlowOutput(NamedTuple):
 
     Attributes:
         z: latent, (B, N, D) float32.
-        blocks: output of every block, first block first, each (B, N, D) in row-major patch order; the last one is ``z``.
+        blocks: output of every block, first block first, (B, N, D) each in row-major patch order; the last is ``z``.
         logdet: log |det dz/dx| / (N D) per image, (B,) float32.
     """
 
@@ -40,6 +40,16 @@ class Mlp(nn.Module):
             nn.Linear(channels, channels * expansion), nn.GELU(), nn.Linear(channels * expansion, channels)
         )
         self.dropout = nn.Dropout(dropout)
+
+    @property
+    def up(self) -> nn.Linear:
+        """The layer that widens."""
+        return cast(nn.Linear, self.main[0])
+
+    @property
+    def down(self) -> nn.Linear:
+        """The layer that narrows again."""
+        return cast(nn.Linear, self.main[2])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the residual branch, shape of ``x`` (..., channels)."""
@@ -101,6 +111,11 @@ class FlowBlock(nn.Module):
         self.proj_out = nn.Linear(channels, 2 * dims if nvp else dims)
         nn.init.zeros_(self.proj_out.weight)  # its bias keeps the default, so the initial map is a constant affine one
 
+    @property
+    def layers(self) -> list[TransformerLayer]:
+        """The transformer layers."""
+        return cast(list[TransformerLayer], list(self.attn_blocks))
+
     def order(self, x: Tensor) -> Tensor:
         """Switch tokens, (..., N, D), between row-major order and this block's; its own inverse."""
         return x.flip(-2) if self.flipped else x
@@ -147,7 +162,7 @@ class FlowBlock(nn.Module):
         class_rows = self.class_rows(y)
         if class_rows is not None:
             h = h + class_rows
-        for layer in self.attn_blocks:
+        for layer in self.layers:
             h = layer(h)
         out = self.proj_out(h).float()  # (B, N - 1, 2 D): what token i says about token i + 1
         with torch.autocast(x.device.type, enabled=False):
@@ -219,6 +234,11 @@ class TarFlowNet(nn.Module):
         )
         self.register_buffer("var", torch.ones(self.tokens, self.dims))  # of the prior; moves only if not nvp
 
+    @property
+    def steps(self) -> list[FlowBlock]:
+        """The flow blocks, the one next to the data first."""
+        return cast(list[FlowBlock], list(self.blocks))
+
     def patchify(self, image: Tensor) -> Tensor:
         """Images (B, C, H, W) to tokens (B, N, D)."""
         return patchify(image, self.patch_size)
@@ -239,7 +259,7 @@ class TarFlowNet(nn.Module):
             return within()
         z = self.patchify(x.float())
         blocks, logdet = [], z.new_zeros(len(z))
-        for block in self.blocks:
+        for block in self.steps:
             z, part = block(z, y)
             blocks.append(z)
             logdet = logdet + part
@@ -266,9 +286,9 @@ class TarFlowNet(nn.Module):
         """Floating-point operations of a forward pass of one image: 2 per multiply-add, attention counted causally."""
         n = self.tokens - 1
         total = 0.0
-        for block in self.blocks:
+        for block in self.steps:
             matrices = sum(weight.numel() for weight in block.parameters() if weight.dim() == 2)
             total += 2.0 * n * (matrices - block.pos_embed.numel())
-            width, layers = block.pos_embed.shape[1], len(block.attn_blocks)
+            width, layers = block.pos_embed.shape[1], len(block.layers)
             total += 2.0 * layers * n * (n + 1) * width  # half of the 4 n^2 width of full attention
         return total

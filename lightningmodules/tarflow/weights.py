@@ -55,7 +55,8 @@ def infer(official: Mapping[str, Tensor], *, in_channels: int | None = None, hea
         head_dim: features per attention head, which no shape tells; official models use 64.
 
     Returns:
-        in_channels, img_size, patch_size, channels, num_blocks, layers_per_block, head_dim, expansion, num_classes, nvp.
+        in_channels, img_size, patch_size, channels, num_blocks, layers_per_block, head_dim, expansion, num_classes and
+        nvp.
 
     Raises:
         ValueError: keys or shapes are not those of a TarFlow.

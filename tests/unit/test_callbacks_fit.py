@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from callbacks.fid import FrechetDistance
 from callbacks.guard import Guard
 from callbacks.likelihood import Likelihood
 from callbacks.progress import Progress
+from callbacks.records import picture
 from callbacks.samples import Samples
 from callbacks.throughput import Throughput
 from tests.unit.bells import DigitData, fit, trainer
@@ -119,3 +121,13 @@ def test_bits_per_dimension_is_what_the_definition_says(run):
     mine = -float(total) / 150 / 64 / math.log(2)
     assert rows(folder)["metrics/bpd", 20]["value"] == pytest.approx(mine, abs=0.02)  # other noise, so not equal
     assert rows(folder)["metrics/accuracy_bayes", 20]["value"] > 0.5
+
+
+def test_large_pictures_are_jpeg_in_tensorboard_and_png_in_the_folder(tmp_path):
+    room = fit(tmp_path, max_steps=1)
+    path = picture(room.trainer, "samples/big", np.zeros((40, 600, 3), np.uint8))
+    assert path.read_bytes().startswith(b"\x89PNG")
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    (event,) = board.Images("samples/big")
+    assert event.encoded_image_string.startswith(b"\xff\xd8")
+    assert (event.width, event.height, event.step) == (600, 40, 1)

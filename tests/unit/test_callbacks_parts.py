@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from callbacks import records
 from callbacks.ema import EMA
 from callbacks.fid import FrechetDistance
 from callbacks.guard import Guard, first_bad_module, gradient_norm
@@ -191,7 +192,9 @@ def test_unknown_sampling_settings_are_refused_before_training(tmp_path):
         check_settings(Bells(), {"seeds": 3})
 
 
-def test_a_broken_picture_does_not_stop_training(tmp_path, caplog):
+def test_a_broken_picture_does_not_stop_training(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(records, "_warned", set())
+
     class NoPictures(Bells):
         def trajectory(self, *args, **kwargs):
             raise OSError("disk on fire")
