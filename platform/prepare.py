@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     from hydra.utils import instantiate
 
     begin = time.monotonic()
-    datamodule = instantiate(cfg.data)
+    datamodule = instantiate(cfg.data, _convert_="all")
     datamodule.prepare_data()
     print(f"data of {args.experiment} ready after {time.monotonic() - begin:.1f} s")
     facts = datamodule.describe()
