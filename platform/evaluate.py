@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from platform.runs import METRICS, load_module
+    from platform.screens import number
 
     module, cfg = load_module(args.run, args.weights or "ema")
     settings = configs.check_sampling(cfg, args.overrides)
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         f" sampling {settings or 'as the method sets it'}"
     )
     for row in rows:
-        print(f"  {row['tag']:<28} {_number(row['value'])}   {row.get('protocol', '')}".rstrip())
+        print(f"  {row['tag']:<28} {number(row['value'])}   {row.get('protocol', '')}".rstrip())
     print(f"rows with every setting: {file}")
     return 0
 
@@ -83,7 +84,3 @@ def measure(module: Any, cfg: DictConfig, settings: dict[str, Any], n: int | Non
         enable_checkpointing=False,
     )
     trainer.validate(module, datamodule=datamodule, verbose=False)
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.5g}"

@@ -91,6 +91,10 @@ def _where(run: Any, cfg: DictConfig, writer: bool) -> tuple[int, Path | None]:
         return 0, None
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     run.check_config(cfg)
+    if writer and (before := int(configs.load(run.path / CONFIG).trainer.max_steps)) != int(cfg.trainer.max_steps):
+        print(
+            f"trainer.max_steps was {before}, is {cfg.trainer.max_steps}: a learning-rate curve follows the new length."
+        )
     checkpoint = run.latest()
     if checkpoint is not None:
         if cfg.fresh and not requeued:
@@ -122,8 +126,7 @@ def _owed(checkpoint: Path) -> bool:
 def _prepare_folder(run: Any, cfg: DictConfig, start: int, checkpoint: Path | None, world_size: int) -> None:
     from platform.runs import CONFIG, provenance
 
-    if checkpoint is None or not (run.path / CONFIG).is_file():
-        configs.save(cfg, run.path / CONFIG)
+    configs.save(cfg, run.path / CONFIG)  # a continued run may differ in what does not shape its result
     run.truncate_metrics(start, validated=checkpoint is None or not _owed(checkpoint))
     run.record_attempt(provenance(start, world_size))
 

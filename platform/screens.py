@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import socket
+import sys
 from typing import Any
 
 import lightning as L
@@ -77,20 +78,27 @@ def newest(run: Run) -> dict[str, dict[str, Any]]:
     return {row["tag"]: row for row in rows}
 
 
+def number(value: float | None) -> str:
+    """A metric for people; rows hold null for what is not finite."""
+    return "not finite" if value is None else f"{value:.4f}"
+
+
 def end_lines(cfg: DictConfig, run: Run, reason: str, step: int) -> list[str]:
     """The last screen: numbers reached, where things are, what to type next."""
     rows = newest(run)
     numbers = [row for tag, row in rows.items() if tag.startswith(("metrics/", "val/"))]
     folder = shlex.quote(str(run.path))
-    same = f"python -m platform fit {cfg.experiment}" + (" --tiny" if cfg.get("tiny_run") else "")
     lines = ["", f"{reason} at step {step} of {int(cfg.trainer.max_steps)}"]
-    lines += [f"  {row['tag']:<34} {row['value']:.4f}   (step {row['step']})" for row in numbers]
+    lines += [f"  {row['tag']:<34} {number(row['value'])}   (step {row['step']})" for row in numbers]
     pictures = sorted((run.path / "samples").glob("step_*"))
     if pictures:
         lines.append(f"pictures     {pictures[-1]}")
     lines.append(f"checkpoints  {run.checkpoints}")
     if step < int(cfg.trainer.max_steps):
-        lines += ["next:", f"  {same}    # the same command continues"]
+        lines += [
+            "next:",
+            f"  {shlex.join(['python', '-m', 'platform', *sys.argv[1:]])}    # the same command continues",
+        ]
     else:
         lines.append("next:")
     lines += [

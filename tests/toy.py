@@ -123,12 +123,25 @@ def fit(
     )
     built.append(
         L.Trainer(
-            accelerator="cpu", devices=1, strategy=Sharded(), max_steps=steps, max_epochs=-1, accumulate_grad_batches=accumulation,
-            val_check_interval=1 << 62, check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False, log_every_n_steps=1,
-            callbacks=[Average(), plan], use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
-            default_root_dir=folder, gradient_clip_val=1.0,
+            accelerator="cpu",
+            devices=1,
+            strategy=Sharded(),
+            max_steps=steps,
+            max_epochs=-1,
+            accumulate_grad_batches=accumulation,
+            val_check_interval=1 << 62,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            logger=False,
+            log_every_n_steps=1,
+            callbacks=[Average(), plan],
+            use_distributed_sampler=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+            gradient_clip_val=1.0,
         )
-    )  # fmt: skip
+    )
     logged: list[Any] = []
     log = room._log
 

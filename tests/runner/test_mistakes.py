@@ -4,6 +4,7 @@ Mistakes in configuration files and in data have tests of their own beside this 
 """
 
 import hashlib
+import json
 import shutil
 import signal
 from collections.abc import Iterator
@@ -14,9 +15,15 @@ import pytest
 import torch
 
 from platform import cli
-from platform.runs import Run
+from platform.runs import Run, _born
 
-QUICK = ["trainer.max_steps=2", "trainer.val_every=0", "checkpoints.every=1", "callbacks.samples=null", "callbacks.fid=null"]
+QUICK = [
+    "trainer.max_steps=2",
+    "trainer.val_every=0",
+    "checkpoints.every=1",
+    "callbacks.samples=null",
+    "callbacks.fid=null",
+]
 QUICK += ["callbacks.likelihood=null", "callbacks.progress=null"]
 
 
@@ -125,10 +132,10 @@ def test_checkpoint_of_another_shape(runs: Path, tmp_path: Path, answer: Ask) ->
 def test_same_run_twice(runs: Path, answer: Ask) -> None:
     with Run(runs / "quickstart-tiny").locked():
         before = contents(runs)
-        (runs / "quickstart-tiny" / "lock").write_text(
-            (runs / "quickstart-tiny" / "lock").read_text().replace('"pid": ', '"pid": 1, "was": ').replace('"born"', '"b"')
-            .replace("}", f', "born": {Path("/proc/1/stat").read_text().rpartition(")")[2].split()[19]!r}}}').replace("'", '"')
-        )  # fmt: skip
+        lock = runs / "quickstart-tiny" / "lock"
+        lock.write_text(
+            json.dumps({**json.loads(lock.read_text()), "pid": 1, "born": _born(1)})
+        )  # a process that lives
         code, message = answer.fit(runs, "trainer.max_steps=3")
         assert code == 2
         assert "is being written by process 1 on" in message
