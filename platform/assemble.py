@@ -159,6 +159,7 @@ def trainer(
     )
     if cfg.trainer.threads:
         torch.set_num_threads(int(cfg.trainer.threads))
+        os.environ["OMP_NUM_THREADS"] = str(cfg.trainer.threads)  # or Lightning's launcher sets its own number
     built.append(
         L.Trainer(
             accelerator=cfg.trainer.accelerator,

@@ -63,7 +63,8 @@ class _Bench:
         self.clock, self.repeats = clock, repeats
 
     def __call__(self, ours: Callable[[], Tensor], theirs: Callable[[], Tensor]) -> tuple[list[float], list[Tensor]]:
-        best, results = [math.inf, math.inf], []
+        best: list[float] = [math.inf, math.inf]
+        results: list[Tensor] = []
         for _ in range(self.repeats):
             results = []
             for which, call in enumerate((ours, theirs)):
@@ -116,7 +117,7 @@ def _step(net: TarFlowNet, loss: Callable[[], Tensor], *, fused: bool) -> Callab
     def step() -> Tensor:
         value = loss()
         optimizer.zero_grad()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         optimizer.step()
         return value.detach()
 

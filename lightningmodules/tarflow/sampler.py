@@ -94,10 +94,11 @@ def invert(net: TarFlowNet, noise: Tensor, y: Tensor | None = None, guide: Guida
     push = _push(net, y, guide, noise.device)
 
     def run() -> list[Tensor]:
-        x, images = noise.float() * net.var.sqrt(), []
-        cache = _cache_for(net, len(x) * (2 if push else 1))
+        x = noise.float() * net.var.sqrt()
+        images: list[Tensor] = []
+        caches: list[KVCache] = []
         for block in reversed(net.steps):
-            x = block(x, within=partial(_invert_block, block, x, y, cache, push))
+            x = block(x, within=partial(_invert_block, block, x, y, caches, push))
             images.append(x)
         return images
 
@@ -118,8 +119,11 @@ def _push(net: TarFlowNet, y: Tensor | None, guide: Guidance | None, device: tor
     return _Push(strengths.to(device), guide.temperature)
 
 
-def _invert_block(block: FlowBlock, z: Tensor, y: Tensor | None, cache: KVCache, push: _Push | None) -> Tensor:
+def _invert_block(block: FlowBlock, z: Tensor, y: Tensor | None, caches: list[KVCache], push: _Push | None) -> Tensor:
     """Invert one block, from inside its ``forward``: (B, N, D) to (B, N, D), both in row-major patch order.
+
+    One cache serves all blocks: they are alike and run one after the other. The first block makes it, since only inside
+    ``forward`` a sharded block shows the dtype it computes in.
 
     Source: apple/ml-tarflow, MetaBlock.reverse.
     """
@@ -127,6 +131,9 @@ def _invert_block(block: FlowBlock, z: Tensor, y: Tensor | None, cache: KVCache,
     tokens = list(block.order(z).unbind(1))  # (B, D) each, replaced one after the other
     offsets = (block.order(block.pos_embed).float() + block.proj_in.bias.float()).unbind(0)
     strengths = push.strengths.unbind(0) if push else ()
+    if not caches:
+        caches.append(_cache_for(block, rows * (2 if push else 1), dtype, z.device))
+    cache = caches[0]
     class_rows, query_scale = _doubled(block, y, rows, push)
     enter, (leave, constant) = block.proj_in.weight.float().t(), _cast(block.proj_out, torch.float32)
     layers = [_take(layer, dtype) for layer in block.layers]
@@ -191,19 +198,9 @@ def _cast(linear: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return linear.weight.to(dtype), linear.bias.to(dtype)
 
 
-def _cache_for(net: TarFlowNet, rows: int) -> KVCache:
-    """One cache serves all blocks: they are alike and run one after the other."""
-    block = net.steps[0]
-    attention, weight = block.layers[0].attention, block.proj_in.weight
-    return KVCache(
-        len(block.layers),
-        rows,
-        attention.heads,
-        attention.head_dim,
-        net.tokens - 1,
-        dtype=compute_dtype(weight),
-        device=net.var.device,
-    )
+def _cache_for(block: FlowBlock, rows: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+    attention, length = block.layers[0].attention, len(block.pos_embed) - 1  # the last token is never read
+    return KVCache(len(block.layers), rows, attention.heads, attention.head_dim, length, dtype=dtype, device=device)
 
 
 def _eager() -> AbstractContextManager[object]:

@@ -77,7 +77,7 @@ def made(**options: object) -> Reference:
     torch.manual_seed(5)
     net = TarFlowNet(**config)
     for parameter in net.parameters():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
     if not net.nvp:
         net.var.uniform_(0.3, 2.0)
     plain, batch, sigma = Straightforward(net), 3, 0.2
