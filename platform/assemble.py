@@ -144,6 +144,7 @@ def trainer(
 ) -> L.Trainer:
     """Lightning's trainer, driven by optimiser updates and saving only where a run can be continued."""
     quiet()
+    torch.set_flush_denormal(True)  # the first updates of a network that starts near zero are full of them, 10x slower
     milestones = frozenset(int(step) for step in cfg.checkpoints.milestones or ())
     keep = max(1, int(cfg.checkpoints.keep))
     built: list[L.Trainer] = []

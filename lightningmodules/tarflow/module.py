@@ -187,12 +187,15 @@ class TarFlow(GenerativeModule):
         return -nats / (math.prod(batch["image"].shape[1:]) * math.log(2))
 
     @torch.no_grad()
-    def classify(self, batch: Batch, *, draws: int = 1, seeds: Sequence[int] | None = None) -> Tensor:
+    def classify(
+        self, batch: Batch, *, draws: int = 1, noise_scale: float = 1.0, seeds: Sequence[int] | None = None
+    ) -> Tensor:
         """Most likely class of images under a uniform prior over classes.
 
         Args:
             batch: images.
             draws: noise draws, of the kind used in training; their log-likelihoods are averaged, >= 1.
+            noise_scale: Gaussian noise in units of the training noise, >= 0; with 0 the pixels are taken as they are.
             seeds: one per image for its noise, the same for all classes; None means 0, 1, 2, ...
 
         Returns:
@@ -209,7 +212,8 @@ class TarFlow(GenerativeModule):
         draw = noise.uniform if self.noise_type == "uniform" else noise.normal
         total = torch.zeros(count * self.num_classes, device=image.device)
         for _ in range(draws):
-            x = self._noisy(batch, draw(*image.shape[1:]))
+            noise_of_draw = draw(*image.shape[1:])
+            x = self._noisy(batch, noise_of_draw if self.noise_type == "uniform" else noise_scale * noise_of_draw)
             for rows in torch.arange(len(total), device=image.device).split(FORWARD_ROWS):
                 total[rows] -= self._nll(x[rows // self.num_classes], classes[rows % self.num_classes])
         return total.view(count, self.num_classes).argmax(dim=1)
