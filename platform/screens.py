@@ -86,7 +86,7 @@ def number(value: float | None) -> str:
 def end_lines(cfg: DictConfig, run: Run, reason: str, step: int) -> list[str]:
     """The last screen: numbers reached, where things are, what to type next."""
     rows = newest(run)
-    numbers = [row for tag, row in rows.items() if tag.startswith(("metrics/", "val/"))]
+    numbers = [row for tag, row in rows.items() if tag.startswith("metrics/") or tag == "val/loss"]
     folder = shlex.quote(str(run.path))
     lines = ["", f"{reason} at step {step} of {int(cfg.trainer.max_steps)}"]
     lines += [f"  {row['tag']:<34} {number(row['value'])}   (step {row['step']})" for row in numbers]

@@ -51,24 +51,19 @@ class _Push(NamedTuple):
     temperature: float
 
 
-class _Normed(NamedTuple):
-    """A layer norm and the matrix product after it, as plain tensors: module calls cost as much as small products."""
-
-    norm: tuple[list[int], Tensor, Tensor, float]
-    weight: Tensor
-    bias: Tensor
-
-    def __call__(self, h: Tensor) -> Tensor:
-        return F.linear(F.layer_norm(h, *self.norm).to(self.weight.dtype), self.weight, self.bias)
+Linear = tuple[Tensor, Tensor]  # weight, bias
+Norm = tuple[list[int], Tensor, Tensor, float]  # arguments of layer_norm after the input
 
 
 class _Layer(NamedTuple):
-    """One transformer layer as plain tensors."""
+    """One transformer layer as plain tensors: for a single token, calling modules costs as much as computing."""
 
-    qkv: _Normed
-    proj: tuple[Tensor, Tensor]
-    up: _Normed
-    down: tuple[Tensor, Tensor]
+    norm_attention: Norm
+    qkv: Linear
+    proj: Linear
+    norm_mlp: Norm
+    up: Linear
+    down: Linear
 
 
 @torch.no_grad()
@@ -153,13 +148,20 @@ def _invert_block(block: FlowBlock, z: Tensor, y: Tensor | None, caches: list[KV
 
 
 def _transform(layers: list[_Layer], h: Tensor, cache: KVCache, position: int, query_scale: Tensor | None) -> Tensor:
-    """The transformer for one token, (rows, channels) float32; ``FlowBlock.forward`` does it for whole sequences."""
+    """The transformer for one token, (rows, channels) float32; ``FlowBlock.forward`` does it for whole sequences.
+
+    ``h`` is overwritten.
+    """
+    low = layers[0].proj[0].dtype if layers[0].proj[0].dtype != h.dtype else None
     for index, layer in enumerate(layers):
-        qkv = layer.qkv(h)
+        normed = F.layer_norm(h, *layer.norm_attention)
+        qkv = F.linear(normed if low is None else normed.to(low), *layer.qkv)  # even a void ``to`` costs 3 % of a step
         if query_scale is not None:
             qkv[:, : h.shape[1]] *= query_scale
-        h = h + F.linear(cache.attend(index, position, qkv), *layer.proj)
-        h = h + F.linear(F.gelu(layer.up(h)), *layer.down)
+        h.add_(F.linear(cache.attend(index, position, qkv), *layer.proj))
+        normed = F.layer_norm(h, *layer.norm_mlp)
+        hidden = F.gelu(F.linear(normed if low is None else normed.to(low), *layer.up))
+        h.add_(F.linear(hidden, *layer.down))
     return h
 
 
@@ -183,18 +185,20 @@ def _doubled(block: FlowBlock, y: Tensor | None, rows: int, push: _Push | None) 
 def _take(layer: TransformerLayer, dtype: torch.dtype) -> _Layer:
     attention, mlp = layer.attention, layer.mlp
     return _Layer(
-        _Normed(_norm(attention.norm), *_cast(attention.qkv, dtype)),
-        _cast(attention.proj, dtype),
-        _Normed(_norm(mlp.norm), *_cast(mlp.up, dtype)),
-        _cast(mlp.down, dtype),
+        norm_attention=_norm(attention.norm),
+        qkv=_cast(attention.qkv, dtype),
+        proj=_cast(attention.proj, dtype),
+        norm_mlp=_norm(mlp.norm),
+        up=_cast(mlp.up, dtype),
+        down=_cast(mlp.down, dtype),
     )
 
 
-def _norm(norm: nn.LayerNorm) -> tuple[list[int], Tensor, Tensor, float]:
+def _norm(norm: nn.LayerNorm) -> Norm:
     return list(norm.normalized_shape), norm.weight.float(), norm.bias.float(), norm.eps
 
 
-def _cast(linear: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _cast(linear: nn.Linear, dtype: torch.dtype) -> Linear:
     return linear.weight.to(dtype), linear.bias.to(dtype)
 
 
