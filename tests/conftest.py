@@ -3,7 +3,9 @@
 import importlib
 import os
 import shutil
+import signal
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,6 +21,23 @@ os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _CACHE = tempfile.mkdtemp(prefix="platform-test-cache-")
 os.environ["PLATFORM_CACHE"] = _CACHE  # never read or write the developer's own cache
+
+
+_LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was() -> Iterator[None]:
+    """Undo what a run inside this process leaves behind: signal handlers, and the launcher's environment.
+
+    Processes that a later test starts would inherit both, take themselves for ranks and survive Ctrl-C.
+    """
+    yield
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in _LAUNCHER:
+        os.environ.pop(name, None)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

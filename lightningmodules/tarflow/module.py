@@ -37,7 +37,7 @@ class TarFlow(GenerativeModule):
             likelihoods (sigma is then not used and samples are not denoised).
         label_drop: probability with which a label is replaced by "no class" in training, 0..1.
 
-    Source: arXiv 2412.06329; apple/ml-tarflow, train.py.
+    Source: arXiv 2412.06329; apple/ml-tarflow.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"image"})
@@ -201,7 +201,7 @@ class TarFlow(GenerativeModule):
         Returns:
             (B,) int64, argmax over classes c of the mean of log p(x + noise | c).
 
-        Source: apple/ml-tarflow, notebook tarflow_mnist.
+        Source: apple/ml-tarflow, the MNIST notebook.
         Differs: theirs forgets the noise at test time.
         """
         if not self.num_classes:
@@ -214,8 +214,11 @@ class TarFlow(GenerativeModule):
         for _ in range(draws):
             noise_of_draw = draw(*image.shape[1:])
             x = self._noisy(batch, noise_of_draw if self.noise_type == "uniform" else noise_scale * noise_of_draw)
-            for rows in torch.arange(len(total), device=image.device).split(FORWARD_ROWS):
-                total[rows] -= self._nll(x[rows // self.num_classes], classes[rows % self.num_classes])
+            parts = [
+                self._nll(x[rows // self.num_classes], classes[rows % self.num_classes])
+                for rows in self._chunks(len(total), FORWARD_ROWS)
+            ]
+            total -= torch.cat(parts)[: len(total)]
         return total.view(count, self.num_classes).argmax(dim=1)
 
     def _nll(self, x: Tensor, y: Tensor | None) -> Tensor:
@@ -266,7 +269,7 @@ class TarFlow(GenerativeModule):
         x = self._finish(z, y, denoise, guide)
         bad = ~x.isfinite().flatten(1).all(dim=1)
         for attempt in range(1, 0 if replayed else REDRAWS + 1):
-            if not self._on_any_rank(bad):
+            if not self._largest(int(bad.any())):
                 break
             rows = bad.nonzero().flatten().tolist() or [0]  # a rank without bad samples keeps the others company
             fresh = SampleNoise([fold_seed(seeds[row], attempt) for row in rows], self.device)
@@ -319,12 +322,12 @@ class TarFlow(GenerativeModule):
         """Tweedie's step at the same labels, in chunks that bound memory; rows do not influence one another."""
         parts = []
         with torch.inference_mode(False), torch.enable_grad():
-            for rows in torch.arange(len(x), device=x.device).split(self._gradient_rows()):
+            for rows in self._chunks(len(x), self._gradient_rows()):
                 noisy = x[rows].clone().requires_grad_()
                 out = self.net(noisy, None if y is None else y[rows].clone())
                 (grad,) = torch.autograd.grad(process.nll(out.z, out.logdet).sum(), noisy)
                 parts.append(process.tweedie(noisy.detach(), grad, self._sigma, strength))
-        return torch.cat(parts)
+        return torch.cat(parts)[: len(x)]
 
     def _gradient_rows(self) -> int:
         """Images whose activations fit the budget: about 24 numbers per token, channel and layer are kept."""
@@ -349,10 +352,15 @@ class TarFlow(GenerativeModule):
             )
         return y.to(self.device) if y is not None and self.num_classes else None
 
-    def _on_any_rank(self, bad: Tensor) -> bool:
-        """Whether any sample is bad; on all ranks when the network is sharded, since they must call it together."""
-        flag = bad.any()
-        if any(isinstance(parameter, DTensor) for parameter in self.net.parameters()):
-            flag = flag.to(torch.uint8)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag)
+    def _chunks(self, count: int, most: int) -> list[Tensor]:
+        """Rows 0 .. count - 1 in chunks; the last again if sharded and another rank has more."""
+        chunks = list(torch.arange(count, device=self.device).split(most))
+        return chunks + chunks[-1:] * (self._largest(len(chunks)) - len(chunks))
+
+    def _largest(self, number: int) -> int:
+        """Maximum over ranks where the network is sharded, since they must call it together."""
+        if not any(isinstance(parameter, DTensor) for parameter in self.net.parameters()):
+            return number
+        shared = torch.tensor(number, device=self.device)
+        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+        return int(shared)

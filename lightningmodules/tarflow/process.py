@@ -19,7 +19,7 @@ def patchify(image: Tensor, patch: int) -> Tensor:
         (B, N, D) with N = H W / patch^2 patches in row-major order and D = C patch^2; inside a token the index is
         c patch^2 + row patch + column (channel first).
 
-    Source: apple/ml-tarflow, Model.patchify (an unfold with stride = patch).
+    Source: apple/ml-tarflow, Model (an unfold with stride = patch).
     """
     b, c, h, w = image.shape
     x = image.reshape(b, c, h // patch, patch, w // patch, patch)
@@ -46,7 +46,7 @@ def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:
 def to_latent(x: Tensor, alpha: Tensor | None, mu: Tensor) -> Tensor:
     """Map data to latent, z = (x - mu) exp(-alpha); without ``alpha`` z = x - mu.
 
-    Source: arXiv 2412.06329, eq. 5.
+    Source: arXiv 2412.06329; apple/ml-tarflow, MetaBlock.forward.
     """
     return x - mu if alpha is None else (x - mu) * torch.exp(-alpha)
 
@@ -54,7 +54,7 @@ def to_latent(x: Tensor, alpha: Tensor | None, mu: Tensor) -> Tensor:
 def to_data(z: Tensor, alpha: Tensor | None, mu: Tensor) -> Tensor:
     """Map latent to data, x = z exp(alpha) + mu; the inverse of ``to_latent``.
 
-    Source: arXiv 2412.06329, eq. 6.
+    Source: arXiv 2412.06329; apple/ml-tarflow, MetaBlock.reverse.
     """
     return z + mu if alpha is None else torch.addcmul(mu, z, torch.exp(alpha))
 
@@ -70,7 +70,7 @@ def nll(z: Tensor, logdet: Tensor, var: Tensor | None = None) -> Tensor:
     Returns:
         0.5 mean(z^2 / var + ln var) - logdet, (B,), nats per dimension.
 
-    Source: apple/ml-tarflow, Model.get_loss (the case var = None).
+    Source: apple/ml-tarflow, training loss (the case var = None).
     """
     square = z.square() if var is None else z.square() / var + var.log()
     return 0.5 * square.mean(dim=(1, 2)) - logdet
@@ -86,7 +86,7 @@ def log_prob_per_dim(nll_per_dim: Tensor, levels: int) -> Tensor:
     Returns:
         -(nll + 0.5 ln(2 pi) + ln(L / 2)), (B,), nats per dimension, density per unit of one pixel value.
 
-    Source: apple/ml-tarflow, evaluate_bpd (L = 256).
+    Source: apple/ml-tarflow, bits-per-dimension script (L = 256).
     """
     return -(nll_per_dim + 0.5 * math.log(2 * math.pi) + math.log(levels / 2))
 
@@ -104,7 +104,7 @@ def updated_variance(var: Tensor, second_moment: Tensor, rate: float = PRIOR_RAT
         second_moment: mean over the global batch of z^2, (N, D).
         rate: weight of the batch.
 
-    Source: apple/ml-tarflow, Model.update_prior.
+    Source: apple/ml-tarflow, prior of the volume-preserving model.
     """
     return torch.lerp(var, second_moment, rate)
 
@@ -150,7 +150,7 @@ def tweedie(noisy: Tensor, nll_grad: Tensor, sigma: float, strength: float = 1.0
     Returns:
         Denoised images, shape of ``noisy``.
 
-    Source: arXiv 2412.06329, section 2.5; apple/ml-tarflow, evaluate_fid (``self_denoising_lr``).
+    Source: arXiv 2412.06329; apple/ml-tarflow, evaluate_fid (``self_denoising_lr``).
     Differs: theirs takes the gradient of the mean over a chunk and multiplies by the chunk's size; the same number.
     """
     dims = noisy[0].numel()  # ``nll`` is per dimension: the score is -dims times its gradient

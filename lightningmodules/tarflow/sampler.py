@@ -154,12 +154,12 @@ def _transform(layers: list[_Layer], h: Tensor, cache: KVCache, position: int, q
     """
     low = layers[0].proj[0].dtype if layers[0].proj[0].dtype != h.dtype else None
     for index, layer in enumerate(layers):
-        normed = F.layer_norm(h, *layer.norm_attention)
+        normed = torch.layer_norm(h, *layer.norm_attention)
         qkv = F.linear(normed if low is None else normed.to(low), *layer.qkv)  # even a void ``to`` costs 3 % of a step
         if query_scale is not None:
             qkv[:, : h.shape[1]] *= query_scale
         h.add_(F.linear(cache.attend(index, position, qkv), *layer.proj))
-        normed = F.layer_norm(h, *layer.norm_mlp)
+        normed = torch.layer_norm(h, *layer.norm_mlp)
         hidden = F.gelu(F.linear(normed if low is None else normed.to(low), *layer.up))
         h.add_(F.linear(hidden, *layer.down))
     return h

@@ -178,7 +178,7 @@ def test_prepare_builds_and_describes(monkeypatch, capsys):
 
     made = []
     data = argparse.Namespace(prepare_data=lambda: made.append(1), describe=lambda: {"root": "/x", "val_shards": 2})
-    monkeypatch.setattr("hydra.utils.instantiate", lambda cfg: data)
+    monkeypatch.setattr("hydra.utils.instantiate", lambda cfg, **_: data)
     monkeypatch.setattr("platform.config.compose", lambda name, words, tiny: OmegaConf.create({"data": {}}))
     assert call("prepare", "quickstart") == 0
     assert made == [1]

@@ -119,14 +119,14 @@ def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-ONE = [(1, [number] * 3) for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)]
-TWO_MIXED = (2, [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
-TWO = [(2, [number] * 3) for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)]
+KILL, TERM, USR1, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+QUICK = [(1, [KILL, KILL, KILL]), (1, [TERM, USR1, INT]), (2, [KILL, TERM, USR1])]
+EACH = [(devices, [number] * 3) for devices in (1, 2) for number in (TERM, USR1, INT, KILL)]
 
 
 @pytest.mark.parametrize(
     ("devices", "signals"),
-    [*ONE, (1, [signal.SIGINT]), TWO_MIXED, *(pytest.param(*case, marks=pytest.mark.slow) for case in TWO)],
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in EACH if case not in QUICK)],
     ids=lambda value: value if isinstance(value, int) else "+".join(signal.Signals(number).name for number in value),
 )
 def test_killed_run_ends_like_whole_run(whole_runs: Any, tmp_path: Path, devices: int, signals: list[int]) -> None:

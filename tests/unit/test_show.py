@@ -87,7 +87,7 @@ def test_detail_prints_configuration_and_needs(capsys: pytest.CaptureFixture[str
     assert " trainable" in facts
     assert "FLOP per training sample" in facts
     assert "(estimate)" in facts
-    assert "activations of 64 samples" in facts
+    assert "activations of 32 samples" in facts
 
 
 class Counted(Toy):
