@@ -1,5 +1,6 @@
 """One line that says how training is going: live on a terminal, one per interval in a log."""
 
+import logging
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ from callbacks.pictures import short_count
 from lightningmodules.base import GenerativeModule
 
 REFRESH_SEC = 0.25
+log = logging.getLogger(__name__)
 MEASURED = ("val/", "metrics/")  # tags that belong to a validation
 
 
@@ -51,11 +53,14 @@ class Progress(L.Callback):
         if not trainer.is_global_zero or pl_module.micro_batches % trainer.accumulate_grad_batches:
             return
         now, last = time.monotonic(), pl_module.updates >= trainer.max_steps
+        due = last or pl_module.updates % (self.every or pl_module.log_every) == 0
+        if due:
+            log.info("%s", self._line(trainer, pl_module, now))
         if self._live is not None:
             if now - self._drawn >= REFRESH_SEC or last:
                 self._drawn = now
                 self._live.update(self._styled(self._line(trainer, pl_module, now)), refresh=True)
-        elif last or pl_module.updates % (self.every or pl_module.log_every) == 0:
+        elif due:
             self._print(self._line(trainer, pl_module, now))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -78,7 +83,9 @@ class Progress(L.Callback):
         if told:
             self._metric_step = pl_module.updates
             parts = [f"{_short(tag)} {latest[tag]:.4g}" for tag in told]
-            self._print("  ".join([f"validation at {pl_module.updates}", *parts]))
+            line = "  ".join([f"validation at {pl_module.updates}", *parts])
+            self._print(line)
+            log.info("%s", line)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember when."""

@@ -33,12 +33,6 @@ def world_size(cfg: DictConfig) -> int:
     return int(cfg.trainer.devices) * int(cfg.trainer.num_nodes)
 
 
-def is_rank_zero() -> bool:
-    """Whether this process writes, judged before any process group exists."""
-    names = ("RANK", "SLURM_PROCID") if "RANK" in os.environ else ("LOCAL_RANK", "SLURM_PROCID")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
-
-
 def check_machine(cfg: DictConfig) -> None:
     """Refuse what this machine cannot do, before anything is built.
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from platform import config as configs
 from platform import signals
+from platform.journal import journal, rank_of_process, say
 
 INTERRUPTED = 75  # EX_TEMPFAIL: the same command continues
 
@@ -36,20 +37,21 @@ def fit(cfg: DictConfig) -> int:
 
     assemble.check_machine(cfg)
     run = Run(Path(cfg.runs) / configs.run_name(cfg, cfg.experiment))
-    writer = assemble.is_rank_zero()
+    rank = rank_of_process()
+    writer = rank == 0
     if not writer:
         leave_with_parent()
     datamodule = assemble.data(cfg)
     plan = assemble.blueprint(cfg)
     needed = assemble.checkpoint_bytes(cfg, plan)
-    with run.locked() if writer else contextlib.nullcontext():
+    with run.locked() if writer else contextlib.nullcontext(), journal(run.path, rank):
         start, checkpoint = _where(run, cfg, writer)
         if checkpoint is not None and start >= int(cfg.trainer.max_steps) and not _owed(checkpoint):
             _report(cfg, run, "already complete", start, writer)
             return 0
         if writer:
             assemble.check_disk(run.path, needed)
-            _prepare_folder(run, cfg, start, checkpoint, assemble.world_size(cfg))
+            _prepare_folder(run, cfg, start, checkpoint, datamodule.describe())
         try:
             return _train(cfg, run, datamodule, start, checkpoint, needed, writer)
         except BaseException as error:
@@ -123,16 +125,17 @@ def _owed(checkpoint: Path) -> bool:
     return any(isinstance(state, dict) and state.get("validation_owed") for state in meta["callbacks"].values())
 
 
-def _prepare_folder(run: Any, cfg: DictConfig, start: int, checkpoint: Path | None, world_size: int) -> None:
+def _prepare_folder(run: Any, cfg: DictConfig, start: int, checkpoint: Path | None, data: dict[str, Any]) -> None:
+    from platform.assemble import world_size
     from platform.runs import CONFIG, provenance
 
     configs.save(cfg, run.path / CONFIG)  # a continued run may differ in what does not shape its result
     run.truncate_metrics(start, validated=checkpoint is None or not _owed(checkpoint))
-    run.record_attempt(provenance(start, world_size))
+    run.record_attempt(provenance(start, world_size(cfg), data))
 
 
 def _report(cfg: DictConfig, run: Any, reason: str, step: int, writer: bool) -> None:
     from platform import screens
 
     if writer:
-        print("\n".join(screens.end_lines(cfg, run, reason, step)), flush=True)
+        say(screens.end_lines(cfg, run, reason, step))

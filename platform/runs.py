@@ -18,6 +18,7 @@ from platform import config as configs
 CONFIG, LOCK, EXIT, METRICS, PROVENANCE = "config.yaml", "lock", "exit.json", "metrics.jsonl", "provenance.json"
 CHECKPOINTS, BOARD = "checkpoints", "board"
 WEIGHTS = "weights.safetensors"
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "lightning", "torchdata", "webdataset", "hydra-core", "numpy", "tensorboard")
 
 
@@ -152,9 +153,15 @@ class Run:
         _replace(file, "".join(kept))
 
     def record_attempt(self, facts: dict[str, Any]) -> None:
-        """Append one attempt to the provenance file: command, commit, versions, machine, where it started."""
+        """Append one attempt to the provenance file: command, commit, versions, machine, where it started.
+
+        Uncommitted changes of the checkout go to ``changes_<attempt>.diff`` beside it.
+        """
         file = self.path / PROVENANCE
         attempts = json.loads(file.read_text()) if file.is_file() else []
+        if changes := _git(ROOT, "diff", "HEAD"):
+            facts["diff"] = f"changes_{len(attempts) + 1}.diff"
+            _replace(self.path / facts["diff"], changes + "\n")
         _replace(file, json.dumps([*attempts, facts], indent=1))
         _replace(self.path / "command.txt", " ".join(sys.argv) + "\n")
 
@@ -168,19 +175,29 @@ class Run:
         return json.loads(file.read_text()) if file.is_file() else None
 
 
-def provenance(start: int, world_size: int) -> dict[str, Any]:
-    """Facts about this attempt that are not in its configuration."""
-    root = Path(__file__).resolve().parent.parent
+def provenance(start: int = 0, world_size: int = 1, data: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Facts about this attempt that are not in its configuration.
+
+    Args:
+        start: updates of the checkpoint it continues from, 0 for a new run.
+        world_size: number of ranks.
+        data: ``datamodule.describe()``, with the fingerprint of the shards; None when no data is read.
+    """
+    import torch
+
     versions = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return {
         "command": sys.argv,
-        "commit": _git(root, "rev-parse", "HEAD"),
-        "dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
+        "commit": _git(ROOT, "rev-parse", "HEAD"),
+        "dirty": bool(_git(ROOT, "status", "--porcelain", "--untracked-files=no")),
         "versions": versions,
         "host": socket.gethostname(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "data": data,
         "slurm": {key: value for key, value in os.environ.items() if key.startswith("SLURM_JOB")},
         "world_size": world_size,
         "start_step": start,

@@ -11,6 +11,7 @@ import lightning as L
 from omegaconf import DictConfig
 
 from lightningmodules.base import GenerativeModule
+from platform.journal import say
 from platform.runs import METRICS, Run
 
 
@@ -31,7 +32,7 @@ class StartScreen(L.Callback):
         """Print once, on rank 0."""
         assert isinstance(pl_module, GenerativeModule)
         if trainer.is_global_zero:
-            print("\n".join(self.lines(trainer, pl_module)), flush=True)
+            say(self.lines(trainer, pl_module))
 
     def lines(self, trainer: L.Trainer, module: GenerativeModule) -> list[str]:
         """The screen, a line each."""

@@ -177,7 +177,7 @@ def _write(out: Path, tensors: Mapping[str, "Tensor"], cfg: "DictConfig", facts:
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
         save_file(dict(tensors), aside / WEIGHTS, metadata={"format": "pt", **texts})
         configs.save(cfg, aside / CONFIG)
-        (aside / PROVENANCE).write_text(json.dumps([{**provenance(0, 1), **facts}], indent=1))
+        (aside / PROVENANCE).write_text(json.dumps([{**provenance(), **facts}], indent=1))
         if out.exists():
             out.rmdir()  # checked to be empty
         os.replace(aside, out)
