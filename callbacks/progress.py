@@ -81,7 +81,8 @@ class Progress(L.Callback):
         told = [tag for tag in latest if tag == "val/loss" or (tag.startswith("metrics/") and not tag.endswith("_raw"))]
         pl_module.latest = {**self._before, **latest}  # what was not measured this time keeps its value
         if told:
-            self._metric_step = pl_module.updates
+            if any(tag.startswith("metrics/") for tag in told):
+                self._metric_step = pl_module.updates
             parts = [f"{_short(tag)} {latest[tag]:.4g}" for tag in told]
             line = "  ".join([f"validation at {pl_module.updates}", *parts])
             self._print(line)

@@ -38,6 +38,7 @@ def journal(folder: Path, rank: int) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        log.removeHandler(screen)  # the command line says it there
         log.error("%s: %s", type(error).__name__, error)
         raise
     finally:
