@@ -117,7 +117,9 @@ class Schedule(Checkpoint):
         connector = trainer._logger_connector
         first = connector._first_loop_iter
         trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.run()
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        loop.restarting = False  # a validation that was cut short begins anew, not at the batch it was left at
+        loop.run()
         trainer.training = True
         connector._first_loop_iter = first
         self._validation_owed = module.stop_requested()

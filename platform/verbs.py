@@ -262,7 +262,9 @@ def _weights(parser: Parser) -> None:
         "--as", dest="experiment", metavar="EXPERIMENT", help="import: the experiment the file belongs to"
     )
     _kind(parser)
-    parser.add_argument("--out", metavar="DIR", help="folder to write, new or empty")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder to write, new or empty; export to a name.pth: the authors' format"
+    )
 
 
 def _weights_finish(parser: Parser, args: argparse.Namespace) -> None:

@@ -92,8 +92,18 @@ class ToyData(L.LightningDataModule):
 
         return Endless(batches)
 
-    def val_dataloader(self) -> Endless:
-        return Endless(lambda: iter([pictures(1000 + 4 * i, 4) for i in range(3)]))
+    def val_dataloader(self) -> "Held":
+        return Held()
+
+
+class Held:
+    """Held-out batches; with a length, as real ones have."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([pictures(1000 + 4 * i, 4) for i in range(3)])
+
+    def __len__(self) -> int:
+        return 3
 
 
 class Average(L.Callback):
@@ -103,7 +113,7 @@ class Average(L.Callback):
 
 
 def fit(
-    folder: Path, *, steps: int = 12, stop_at: int = 0, accumulation: int = 1, **schedule: Any
+    folder: Path, *, steps: int = 12, stop_at: int = 0, polls: int = 1, accumulation: int = 1, **schedule: Any
 ) -> tuple[Toy, Schedule, list[Any]]:
     """Train the toy; continue from the newest checkpoint of ``folder`` if there is one.
 
@@ -111,7 +121,14 @@ def fit(
         The module, its schedule, and what was logged as ``(phase, step, value)``.
     """
     room, built = Toy(), []
-    flag = StopFlag(lambda: bool(stop_at) and room.updates >= stop_at)
+    asked: list[int] = []
+
+    def stop() -> bool:
+        if stop_at and room.updates >= stop_at:
+            asked.append(room.updates)
+        return len(asked) >= polls  # more than one poll: in the middle of a validation
+
+    flag = StopFlag(stop)
     room.stop_requested, room.shard = flag.poll, shard
     settings = {"val_every": 5, "every": 4, **schedule}
     plan = Schedule(

@@ -32,6 +32,16 @@ def test_interrupted_run_ends_like_whole_run(whole: tuple[toy.Toy, list], tmp_pa
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize("polls", [2, 3, 5], ids=["at its first batch", "at its second", "after its last"])
+def test_stop_during_validation_leaves_no_trace(whole: tuple[toy.Toy, list], tmp_path: Path, polls: int) -> None:
+    _, logged = whole
+    _, plan, before = toy.fit(tmp_path, accumulation=2, stop_at=5, polls=polls)
+    assert plan.interrupted
+    assert [entry for entry in before if entry[0] == "val"] == []
+    _, _, after = toy.fit(tmp_path, accumulation=2)
+    assert before + after == logged
+
+
 def test_validation_cut_short_is_repeated_and_its_step_saved(tmp_path: Path) -> None:
     _, _, logged = toy.fit(tmp_path, stop_at=5)
     assert [entry[:2] for entry in logged if entry[0] == "val"] == []
