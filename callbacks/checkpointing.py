@@ -20,7 +20,7 @@ class Schedule(Checkpoint):
 
     Args:
         folder: where checkpoints go, one folder ``step-<updates>`` each.
-        save: ``save(path)`` writes one checkpoint and returns when it is committed.
+        save: ``save(path)`` writes one checkpoint and returns when it is committed; False if it could not be written.
         prune: called after each commit with the folder.
         should_stop: collective; asked once per update with this rank's wish to save by the clock; returns
             ``(stop, save)`` agreed by all ranks.
@@ -34,7 +34,7 @@ class Schedule(Checkpoint):
         self,
         folder: Path,
         *,
-        save: Callable[[Path], None],
+        save: Callable[[Path], bool],
         prune: Callable[[], None],
         should_stop: Callable[[bool], tuple[bool, bool]],
         val_every: int,
@@ -73,7 +73,7 @@ class Schedule(Checkpoint):
             self._validate(trainer, pl_module)
             self._last_saved = -1
         if self._only_validate:
-            self._checkpoint(pl_module.updates)
+            self._checkpoint(pl_module.updates, needed=True)
             self._stop(trainer, interrupted=self._validation_owed)
 
     def on_train_batch_end(
@@ -94,7 +94,7 @@ class Schedule(Checkpoint):
                 stop = pl_module.stop_requested()
         due = bool(self.every) and step % self.every == 0
         if last or stop or save or due or step in self.milestones:
-            self._checkpoint(step)
+            self._checkpoint(step, needed=last or stop)
         if stop and (self._validation_owed or not last):
             self._stop(trainer, interrupted=True)
 
@@ -103,10 +103,16 @@ class Schedule(Checkpoint):
         trainer.limit_val_batches = 0  # Lightning validates when told to stop; ours is done or owed
         trainer.should_stop = True
 
-    def _checkpoint(self, step: int) -> None:
+    def _checkpoint(self, step: int, needed: bool) -> None:
         if step == self._last_saved:
             return
-        self._save(self.folder / f"step-{step:08d}")
+        if not self._save(self.folder / f"step-{step:08d}"):
+            if needed:
+                raise ValueError(
+                    f"Step {step} could not be saved: the disk of {self.folder} is full. The run stops at the"
+                    " checkpoint before; free some space and type the same command to continue from there."
+                )
+            return
         self._last_saved, self._saved_at = step, time.monotonic()
         self._prune()
 
@@ -119,7 +125,8 @@ class Schedule(Checkpoint):
         trainer.validating = True
         loop = trainer.fit_loop.epoch_loop.val_loop
         loop.restarting = False  # a validation that was cut short begins anew, not at the batch it was left at
-        loop.run()
+        with trainer.precision_plugin.forward_context():  # callbacks sample in the precision of training, too
+            loop.run()
         trainer.training = True
         connector._first_loop_iter = first
         self._validation_owed = module.stop_requested()

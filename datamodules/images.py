@@ -1,6 +1,7 @@
 """Images from tar shards or class folders, with or without classes, in an order any number of ranks can continue."""
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -99,7 +100,7 @@ class Images(L.LightningDataModule):
         self._check_settings()
         self._sources: dict[str, ImageSource] = {}
         self._readers: dict[str, ImageReader] = {}
-        self._loaders: list[Loader[Ints, Batch]] = []
+        self._loaders: weakref.WeakSet[Loader[Ints, Batch]] = weakref.WeakSet()
         self._order: Order | None = None
         self._restored: tuple[int, str] | None = None
 
@@ -122,7 +123,7 @@ class Images(L.LightningDataModule):
 
     def teardown(self, stage: str | None = None) -> None:
         """End all reader threads and close all files."""
-        for loader in self._loaders:
+        for loader in list(self._loaders):
             loader.close()
         self._loaders.clear()
         for source in self._sources.values():
@@ -274,7 +275,7 @@ class Images(L.LightningDataModule):
         return micro_batches(start, self.batch_size, micro_batch, rank, world_size)
 
     def _track(self, loader: Loader[Ints, Batch]) -> Loader[Ints, Batch]:
-        self._loaders.append(loader)
+        self._loaders.add(loader)
         return loader
 
     def _reader(self, split: str, order: Lookup, flip: bool) -> ImageReader:

@@ -194,7 +194,7 @@ def _precision(cfg: DictConfig) -> Any:
     return "32-true" if str(cfg.trainer.precision) == "32" else str(cfg.trainer.precision)
 
 
-def _save(trainer: L.Trainer, run: Run, path: Path, needed: int) -> None:
+def _save(trainer: L.Trainer, run: Run, path: Path, needed: int) -> bool:
     room = trainer.strategy.broadcast(shutil.disk_usage(run.path).free if trainer.is_global_zero else 0)
     if room < needed:
         kept = run.latest()
@@ -204,8 +204,9 @@ def _save(trainer: L.Trainer, run: Run, path: Path, needed: int) -> None:
             f" Free some space or lower checkpoints.keep.",
             stacklevel=2,
         )
-        return
+        return False
     trainer.save_checkpoint(path)
+    return True
 
 
 def _own_signals(trainer: L.Trainer) -> None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from platform import config as configs
 from platform import signals
@@ -52,12 +52,7 @@ def fit(cfg: DictConfig) -> int:
         if writer:
             assemble.check_disk(run.path, needed)
             _prepare_folder(run, cfg, start, checkpoint, datamodule.describe())
-        try:
-            return _train(cfg, run, datamodule, start, checkpoint, needed, writer)
-        except BaseException as error:
-            if writer:
-                run.finish(f"{type(error).__name__}: {error}", 1, start)
-            raise
+        return _train(cfg, run, datamodule, start, checkpoint, needed, writer)
 
 
 def _train(
@@ -71,7 +66,17 @@ def _train(
     extra = [screens.StartScreen(cfg, run, datamodule.describe(), start), *assemble.callbacks(cfg)]
     accumulation = datamodule.accumulation_for(assemble.world_size(cfg))
     trainer = assemble.trainer(cfg, run, flag, extra, room=room, accumulation=accumulation, start=start, needed=needed)
-    trainer.fit(room, datamodule=datamodule, ckpt_path=checkpoint, weights_only=False)
+    try:
+        trainer.fit(room, datamodule=datamodule, ckpt_path=checkpoint, weights_only=False)
+    except BaseException as raised:
+        # SystemExit is how Lightning leaves after a second Ctrl-C
+        error = KeyboardInterrupt() if isinstance(raised, SystemExit) and trainer.interrupted else raised
+        if writer:
+            code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ValueError) else 1
+            run.finish(f"{type(error).__name__}: {error}", code, max(start, room.updates))
+        if error is not raised:
+            raise error from None
+        raise
     schedule = assemble.schedule_of(trainer)
     code = INTERRUPTED if schedule.interrupted else 0
     reason = "interrupted" if schedule.interrupted else "complete"
@@ -93,10 +98,8 @@ def _where(run: Any, cfg: DictConfig, writer: bool) -> tuple[int, Path | None]:
         return 0, None
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     run.check_config(cfg)
-    if writer and (before := int(configs.load(run.path / CONFIG).trainer.max_steps)) != int(cfg.trainer.max_steps):
-        print(
-            f"trainer.max_steps was {before}, is {cfg.trainer.max_steps}: a learning-rate curve follows the new length."
-        )
+    if writer:
+        _announce(configs.load(run.path / CONFIG), cfg)
     checkpoint = run.latest()
     if checkpoint is not None:
         if cfg.fresh and not requeued:
@@ -114,6 +117,21 @@ def _where(run: Any, cfg: DictConfig, writer: bool) -> tuple[int, Path | None]:
     if run.steps() and writer:
         run.set_aside()
     return 0, None
+
+
+def _announce(old: DictConfig, new: DictConfig) -> None:
+    """Say what a continued run may change and still is the same run, where it changes numbers."""
+    noise = "every update sees the same samples; noise and dropout are drawn anew"
+    notes = {
+        "trainer.max_steps": "a learning-rate curve follows the new length",
+        "trainer.devices": noise,
+        "trainer.num_nodes": noise,
+        "data.micro_batch": noise,
+    }
+    for key, note in notes.items():
+        before, now = OmegaConf.select(old, key), OmegaConf.select(new, key)
+        if before != now:
+            say([f"{key} was {before}, is {now}: {note}."])
 
 
 def _owed(checkpoint: Path) -> bool:

@@ -1,6 +1,7 @@
 """The run folder: what lies in it, who may write to it, where a run continues, and weights to use from it."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -8,10 +9,11 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from platform import config as configs
 
@@ -92,44 +94,40 @@ class Run:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder while writing to it.
+        """Hold the folder while writing to it. The system lets go of it when this process ends, however it ends.
 
         Raises:
-            ValueError: another live process or scheduler job holds it.
+            ValueError: another live process holds it.
         """
-        lock = self.path / LOCK
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
-        mine |= {"job": os.environ.get("SLURM_JOB_ID"), "since": time.time()}
         self.path.mkdir(parents=True, exist_ok=True)
-        while True:
+        with (self.path / LOCK).open("a+") as stream:
             try:
-                handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            except FileExistsError:
-                self._evict(lock, mine)
-                continue
-            with os.fdopen(handle, "w") as stream:
-                json.dump(mine, stream)
-            break
-        try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(self._held(stream)) from None
+            except OSError as error:  # some network file systems are mounted without locks
+                warnings.warn(
+                    f"{stream.name} cannot be locked ({error}); take care to start this run once.", stacklevel=3
+                )
+            stream.truncate(0)
+            job = os.environ.get("SLURM_JOB_ID")
+            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "job": job, "since": time.time()}, stream)
+            stream.flush()
             yield
-        finally:
-            lock.unlink(missing_ok=True)
 
-    def _evict(self, lock: Path, mine: dict[str, Any]) -> None:
+    def _held(self, stream: IO[str]) -> str:
+        stream.seek(0)
         try:
-            holder = json.loads(lock.read_text())
-        except (OSError, ValueError):
-            holder = None  # being written, or left half written by a killed process
-            time.sleep(0.2)
-        if holder is not None and _alive(holder, mine):
-            seconds = max(0, int(time.time() - holder["since"]))
+            holder = json.loads(stream.read())
             job = f" (job {holder['job']})" if holder["job"] else ""
-            raise ValueError(
-                f"{self.path} is being written by process {holder['pid']} on {holder['host']}{job}, started"
-                f" {seconds} s ago. One run folder takes one writer. Wait for it, stop it, or start another run"
-                " with tag=NAME."
-            )
-        lock.unlink(missing_ok=True)
+            seconds = max(0, int(time.time() - holder["since"]))
+            who = f"process {holder['pid']} on {holder['host']}{job}, started {seconds} s ago"
+        except ValueError:
+            who = "another process"
+        return (
+            f"{self.path} is being written by {who}; it holds {stream.name}. One run folder takes one writer. Wait for"
+            " it, stop it, or start another run with tag=NAME."
+        )
 
     def truncate_metrics(self, step: int, validated: bool) -> None:
         """Drop rows that a killed attempt wrote after its last checkpoint.
@@ -169,7 +167,7 @@ class Run:
         """Say why this attempt ended."""
         _replace(self.path / EXIT, json.dumps({"reason": reason, "code": code, "step": step, "time": time.time()}))
 
-    def done(self) -> dict[str, Any] | None:
+    def ending(self) -> dict[str, Any] | None:
         """The last attempt's ending, or None."""
         file = self.path / EXIT
         return json.loads(file.read_text()) if file.is_file() else None
@@ -281,32 +279,6 @@ def _fill(module: Any, file: Path) -> None:
                 f"{file} does not fit {file.parent / CONFIG}; first differences:\n  " + "\n  ".join(wrong[:5])
             )
         part.load_state_dict(own)
-
-
-def _alive(holder: dict[str, Any], mine: dict[str, Any]) -> bool:
-    if holder["job"]:
-        if holder["job"] == mine["job"]:
-            return False  # requeued: the scheduler has ended the earlier attempt of this job
-        if shutil.which("squeue"):
-            found = subprocess.run(["squeue", "-h", "-j", holder["job"]], capture_output=True, text=True, check=False)
-            return found.returncode == 0 and bool(found.stdout.strip())
-    if holder["host"] != mine["host"]:
-        return True
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return holder["pid"] != mine["pid"] and holder["born"] == _born(holder["pid"])
-
-
-def _born(pid: int) -> str | None:
-    """Start time of a process in clock ticks, so that a recycled process number is not mistaken for its first owner."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return None  # no /proc on this system
 
 
 def _neighbours(folder: Path) -> str:

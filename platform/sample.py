@@ -30,7 +30,13 @@ def run(args: argparse.Namespace) -> int:
     module, cfg = load_module(args.run, args.weights or "ema")
     settings = configs.check_sampling(cfg, args.overrides)
     labels = _labels(module, args.seeds, args.label)
-    request = {"run": str(args.run), "weights": module.active_weights, "label": args.label, "settings": settings}
+    request = {
+        "run": str(args.run),
+        "step": module.updates,
+        "weights": module.active_weights,
+        "label": args.label,
+        "settings": settings,
+    }
     out = Path(args.out) if args.out else _default_folder(Path(args.run), request)
     _claim(out, request)
     todo = [seed for seed in args.seeds if not _file(out, seed).is_file()]
@@ -107,7 +113,12 @@ def _default_folder(run: Path, request: dict[str, Any]) -> Path:
     settings = "_".join(f"{key}-{value}" for key, value in sorted(request["settings"].items()))
     label = "" if request["label"] is None else f"_label-{request['label']}"
     root = run if run.is_dir() else run.parent
-    return root / "sampled" / f"{request['weights']}{label}{'_' + settings if settings else ''}"
+    return (
+        root
+        / "sampled"
+        / f"step_{request['step']:09d}"
+        / f"{request['weights']}{label}{'_' + settings if settings else ''}"
+    )
 
 
 def _claim(out: Path, request: dict[str, Any]) -> None:
@@ -127,7 +138,9 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
                 f"{out} holds samples made with {key}={old.get(key)}, now {key}={request[key]}."
                 " Type another --out FOLDER."
             )
-    file.write_text(json.dumps(request, indent=1))
+    aside = file.with_suffix(f".{os.getpid()}.tmp")
+    aside.write_text(json.dumps(request, indent=1))
+    os.replace(aside, file)
 
 
 def _device() -> str:

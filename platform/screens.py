@@ -45,6 +45,7 @@ class StartScreen(L.Callback):
         dtype = "bfloat16" if "bf16" in str(cfg.trainer.precision) else "float32"
         averages = ", ".join(f"{decay:g}" for decay in module.ema_decays) or "none"
         begin = "fresh" if not self.start else f"continuing at step {self.start} ({module.samples_seen} samples)"
+        begin += f", next sample {trainer.datamodule.next_key}"  # type: ignore[attr-defined]
         every = int(cfg.checkpoints.every or 0) or steps
         paper = (cfg.get("source") or {}).get("paper")
         rows = [

@@ -121,9 +121,12 @@ def commit(aside: Path, final: Path) -> None:
     (aside / MARKER).write_text(json.dumps(marker, indent=1))
     _sync(aside / MARKER)
     _sync(aside)
-    shutil.rmtree(final, ignore_errors=True)
+    replaced = final.with_name(final.name + ".old")
+    if final.exists():  # the same step saved again: at no moment is there neither of the two
+        os.rename(final, replaced)
     os.rename(aside, final)
     _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     if (damage := what_is_wrong(final)) is not None:
         raise OSError(f"{final} was written but does not read back: {damage}")
 

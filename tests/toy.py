@@ -133,7 +133,7 @@ def fit(
     settings = {"val_every": 5, "every": 4, **schedule}
     plan = Schedule(
         folder,
-        save=lambda path: built[0].save_checkpoint(path),
+        save=lambda path: built[0].save_checkpoint(path) is None,
         prune=lambda: None,
         should_stop=flag.update,
         **settings,

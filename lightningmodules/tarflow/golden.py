@@ -50,14 +50,22 @@ def check(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> I
         Name, largest absolute difference (infinite for another shape or a value that is not finite), tolerance.
 
     Raises:
-        ValueError: the file lacks its configuration or an input, or its weights do not fit the configuration.
+        ValueError: the file lacks its configuration, its weights do not fit it, or a label names no class.
     """
     replay = _Replay(tensors, metadata, path)
     for name in sorted(references(tensors)):
         compute = replay.recipe(name.removeprefix("out/"))
         if compute is None:
             continue  # the caller reports it as not checked
-        yield name, _distance(compute(), tensors[name]), _tolerance(name, tensors[name])
+        try:
+            error = _distance(compute(), tensors[name])
+        except _Absent:
+            error = math.inf  # the others can still be compared
+        yield name, error, _tolerance(name, tensors[name])
+
+
+class _Absent(ValueError):
+    """An input that a quantity is computed from is not in the file."""
 
 
 class _Replay:
@@ -77,6 +85,9 @@ class _Replay:
         match(self.state, self.net.state_dict())
         self.net.load_state_dict(self.state)
         self.y = tensors.get("in/y")
+        for labels in (self.y, tensors.get("in/y_drop")):
+            if labels is not None:
+                self.net.check_labels(labels)
         self._passes: dict[str, Any] = {}
 
     def recipe(self, name: str) -> Callable[[], Tensor] | None:
@@ -95,7 +106,7 @@ class _Replay:
             "grad_norms": self.grad_norms,
             "sample": lambda: self.samples(None)[-1],
             "denoised_x": lambda: self.denoised(self.input("x")),
-            "denoised_sample": lambda: self.denoised(self.tensors.get("out/sample", self.samples(None)[-1])),
+            "denoised_sample": self.denoised_sample,
             "bpd": self.bits_per_dim,
             "var_after_update": self.variance,
             "train_losses": self.train_losses,
@@ -112,13 +123,13 @@ class _Replay:
 
     def input(self, name: str) -> Tensor:
         if f"in/{name}" not in self.tensors:
-            raise ValueError(f"{self.path}: in/{name} is missing, so what depends on it cannot be computed.")
+            raise _Absent(f"{self.path}: in/{name} is missing, so what depends on it cannot be computed.")
         return self.tensors[f"in/{name}"]
 
     def forward(self, labels: str) -> Any:
         """Forward pass of in/x with in/y ("") , in/y_drop ("drop") or no labels ("null")."""
         if labels not in self._passes:
-            y = {"": self.y, "drop": self.tensors.get("in/y_drop"), "null": None}[labels]
+            y = self.input("y_drop") if labels == "drop" else self.y if labels == "" else None
             with torch.no_grad():
                 self._passes[labels] = self.net(self.input("x"), y)
         return self._passes[labels]
@@ -134,7 +145,7 @@ class _Replay:
             guide = None
             if suffix is not None:
                 said = self._json("guided")[suffix]
-                g = max(0.0, float(said["guidance"]))  # their code guides for g > 0 only
+                g = max(0.0, float(said.get("guidance") or 0.0))  # their code guides for g > 0 only
                 guide = Guidance(
                     1.0 + g,
                     float(said.get("attn_temp", 1.0)),
@@ -151,6 +162,9 @@ class _Replay:
         out = self.net(noisy, self.y)
         (grad,) = torch.autograd.grad(process.nll(out.z, out.logdet).sum(), noisy)
         return process.tweedie(x, grad, self.sigma)
+
+    def denoised_sample(self) -> Tensor:
+        return self.denoised(self.tensors["out/sample"] if "out/sample" in self.tensors else self.samples(None)[-1])
 
     def grad_norms(self) -> Tensor:
         parameters = dict(self.net.named_parameters())

@@ -134,7 +134,8 @@ class TarFlow(GenerativeModule):
             moment = torch.stack(self._moments).mean(dim=0)
             self._moments.clear()
             moment = self.trainer.strategy.reduce(moment, reduce_op="mean")
-            self.net.var.copy_(process.updated_variance(self.net.var, moment))
+            updated = process.updated_variance(self.net.var, moment)
+            self.net.var.copy_(torch.where(moment.isfinite(), updated, self.net.var))  # not a skipped update
 
     def _noisy(self, batch: Batch, draw: Tensor) -> Tensor:
         if self.noise_type == "uniform":

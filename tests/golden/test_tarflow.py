@@ -57,9 +57,24 @@ def test_unknown_quantities_are_left_to_the_caller_and_shapes_matter() -> None:
     few["out/mystery"], few["out/z"] = torch.zeros(3), tensors["out/z"][:, :-1]
     assert list(golden.check(few, metadata, Path("file"))) == [("out/z", math.inf, pytest.approx(2.99e-5, rel=0.01))]
     assert golden.references(few) == {"out/mystery", "out/z"}
-    del few["in/x"]
-    with pytest.raises(ValueError, match="in/x is missing"):
-        list(golden.check(few, metadata, Path("file")))
+
+
+def test_missing_input_fails_its_quantities_and_no_others() -> None:
+    tensors, metadata = read("tarflow_class")
+    for name in ("in/y_drop", "in/dequant_u", "in/z"):
+        del tensors[name]
+    results = verdicts(tensors, metadata)
+    failed = {name for name, agrees in results.items() if not agrees}
+    assert {"out/z_drop", "out/logdet_drop", "out/bpd", "out/sample"} <= failed
+    assert {"out/z", "out/z_null", "out/denoised_sample", "out/grad_norms"}.isdisjoint(failed)
+    assert results.keys() == golden.references(tensors)
+
+
+def test_label_beyond_the_classes_is_refused() -> None:
+    tensors, metadata = read("tarflow_class")
+    tensors["in/y"] = torch.full_like(tensors["in/y"], 5)
+    with pytest.raises(ValueError, match="Label 5 came"):
+        list(golden.check(tensors, metadata, Path("file")))
 
 
 @pytest.mark.parametrize(("nvp", "classes", "channels"), [(False, 3, 1), (False, 0, 3), (True, 2, 3)])

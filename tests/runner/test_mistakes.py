@@ -4,7 +4,7 @@ Mistakes in configuration files and in data have tests of their own beside this 
 """
 
 import hashlib
-import json
+import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from platform import cli
-from platform.runs import Run, _born
+from platform.runs import Run
 
 QUICK = [
     "trainer.max_steps=2",
@@ -45,8 +45,8 @@ def runs(finished: Path, tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file but the log, to which the refusal itself is added."""
-    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "log.txt"]
+    """Every file but the log, to which the refusal itself is added, and the lock."""
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name not in ("log.txt", "lock")]
     return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -123,15 +123,38 @@ def test_checkpoint_of_another_shape(runs: Path, tmp_path: Path, answer: Ask) ->
 def test_same_run_twice(runs: Path, answer: Ask) -> None:
     with Run(runs / "quickstart-tiny").locked():
         before = contents(runs)
-        lock = runs / "quickstart-tiny" / "lock"
-        lock.write_text(
-            json.dumps({**json.loads(lock.read_text()), "pid": 1, "born": _born(1)})
-        )  # a process that lives
         code, message = answer.fit(runs, "trainer.max_steps=3")
         assert code == 2
-        assert "is being written by process 1 on" in message
+        assert f"is being written by process {os.getpid()} on" in message
+        assert f"it holds {runs}/quickstart-tiny/lock" in message
         assert "start another run with tag=NAME" in message
-        assert contents(runs).keys() == before.keys()
+        assert contents(runs) == before
+
+
+def test_disk_full_at_the_last_step(tmp_path: Path, answer: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage, asked = shutil.disk_usage(tmp_path), []
+
+    def shrinking(path: Path) -> object:
+        asked.append(path)
+        return usage._replace(free=10**12 if len(asked) < 3 else 1000)  # room at the start and for step 1
+
+    monkeypatch.setattr(shutil, "disk_usage", shrinking)
+    code, message = answer.fit(tmp_path)
+    assert code == 2
+    assert "Step 2 could not be saved: the disk of" in message
+    run = Run(tmp_path / "quickstart-tiny")
+    assert run.steps() == [1]
+    ending = run.ending()
+    assert ending is not None
+    assert (ending["code"], ending["step"]) == (2, 2)
+
+
+def test_samples_of_a_run_that_went_on_are_drawn_anew(runs: Path, answer: Ask) -> None:
+    folder = runs / "quickstart-tiny"
+    assert answer("sample", str(folder), "--seeds", "0-3", "--no-grid").code == 0
+    assert answer.fit(runs, "trainer.max_steps=4").code == 0
+    assert answer("sample", str(folder), "--seeds", "0-3", "--no-grid").code == 0
+    assert len(list(folder.glob("sampled/step_*/*/seed_000003.png"))) == 2
 
 
 def test_disk_nearly_full(tmp_path: Path, answer: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
