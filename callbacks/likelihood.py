@@ -23,6 +23,7 @@ class Likelihood(L.Callback):
 
     Args:
         every: validations between measurements; the last validation always measures.
+        conditional: log p(x | label) where the room knows classes; False is the class-free likelihood of the papers.
         classify: also classify by ``arg max_c log p(x | c)``; costs one likelihood per class.
         classify_settings: keywords of the room's ``classify``, for example ``{draws: 4}``.
         max_batches: per rank; None for all held-out data.
@@ -32,10 +33,12 @@ class Likelihood(L.Callback):
         self,
         *,
         every: int = 1,
+        conditional: bool = True,
         classify: bool = True,
         classify_settings: Mapping[str, Any] | None = None,
         max_batches: int | None = None,
     ) -> None:
+        self.conditional = conditional
         self.every, self.classify, self.max_batches = every, classify, max_batches
         self.classify_settings: dict[str, Any] = plain(classify_settings or {})
         self._shown = 0  # validations so far
@@ -71,7 +74,7 @@ class Likelihood(L.Callback):
             "n": round(rows),
             "weights": module.active_weights,
             "likelihood": getattr(module, "likelihood", "exact"),
-            "conditional": module.num_classes > 0,
+            "conditional": self.conditional and module.num_classes > 0,
             "levels": getattr(module.codec, "levels", None),
             "noise": "uniform dequantisation, seeded by key",
             "nonfinite": round(infinite),
@@ -98,7 +101,8 @@ class Likelihood(L.Callback):
             if module.stop_requested():
                 return None
             batch = trainer.strategy.batch_to_device(batch)
-            nats = likelihood(batch, seeds=seeds_of(batch)).double().cpu()
+            how = {} if self.conditional else {"conditional": False}
+            nats = likelihood(batch, seeds=seeds_of(batch), **how).double().cpu()
             finite = nats.isfinite()
             row = [len(nats), float(nats[finite].sum()), 0, 0, int((~finite).sum())]
             if wanted and classify is not None and "label" in batch:

@@ -117,7 +117,7 @@ class Draft:
             return False
         if "_target_" in node:
             return _takes(self._signature(node, parent), name)
-        return name in node
+        return True  # inside a mapping that some argument takes: its receiver knows the names
 
     def _signature(self, node: dict[str, Any], key: str) -> Signature:
         target = node["_target_"]

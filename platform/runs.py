@@ -217,7 +217,9 @@ def load_module(path: str | Path, weights: str = "ema") -> tuple[Any, Any]:
         ValueError: nothing usable lies at ``path``, or its tensors do not fit its configuration.
     """
     import hydra
+    import torch
 
+    torch.set_flush_denormal(True)  # as in training; numbers too small to matter cost ten times the others
     folder = Path(path)
     folder = folder.parent if folder.name == WEIGHTS else folder
     if not (folder / CONFIG).is_file():
