@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         f"{args.run} at step {module.updates}, weights {module.active_weights},"
         f" sampling {settings or 'as the method sets it'}"
     )
-    for row in rows:
+    for row in (row for row in rows if row["tag"].startswith("metrics/") or row["tag"] == "val/loss"):
         print(f"  {row['tag']:<28} {number(row['value'])}   {row.get('protocol', '')}".rstrip())
     print(f"rows with every setting: {file}")
     return 0
