@@ -39,6 +39,12 @@ def check_machine(cfg: DictConfig) -> None:
     Raises:
         ValueError: no such accelerator, too few devices, or a precision it lacks.
     """
+    started = int(os.environ.get("WORLD_SIZE", 0)) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    if started and started != world_size(cfg):
+        raise ValueError(
+            f"torchrun started {started} processes, but trainer.devices={cfg.trainer.devices} on"
+            f" trainer.num_nodes={cfg.trainer.num_nodes} machines wants {world_size(cfg)}. Give both the same number."
+        )
     wanted, devices, precision = cfg.trainer.accelerator, int(cfg.trainer.devices), str(cfg.trainer.precision)
     gpus = torch.cuda.device_count()
     if wanted in ("gpu", "cuda") and gpus < devices:

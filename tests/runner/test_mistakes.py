@@ -177,6 +177,16 @@ def test_no_gpu_here(tmp_path: Path, answer: Ask, monkeypatch: pytest.MonkeyPatc
     )
 
 
+def test_torchrun_with_other_devices(tmp_path: Path, answer: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert answer.fit(tmp_path, "trainer.devices=2") == (
+        2,
+        "torchrun started 4 processes, but trainer.devices=2 on trainer.num_nodes=1 machines wants 2."
+        " Give both the same number.\n",
+    )
+
+
 def test_precision_the_machine_lacks(tmp_path: Path, answer: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
