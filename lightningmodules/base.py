@@ -138,7 +138,7 @@ class GenerativeModule(L.LightningModule):
         """
         if not self._checked:
             self._check(batch)
-        torch.manual_seed(fold_seed(self.run_seed, self.global_rank, self.micro_batches))
+        self._seed(fold_seed(self.run_seed, self.global_rank, self.micro_batches))
         self.micro_batches += 1
         self.samples_seen += _rows(batch) * self.trainer.world_size
         if self.micro_batches % self.trainer.accumulate_grad_batches == 0:
@@ -173,7 +173,7 @@ class GenerativeModule(L.LightningModule):
         if self.stop_requested():
             return
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(fold_seed(self.run_seed, self.global_rank, batch_idx, 1))
+            self._seed(fold_seed(self.run_seed, self.global_rank, batch_idx, 1))
             terms = self.loss(batch)
         rows = _rows(batch)
         for name, value in {**terms, "rows": torch.ones_like(terms["loss"])}.items():
@@ -197,6 +197,15 @@ class GenerativeModule(L.LightningModule):
         self.latest.update(scalars)
         for logger in self.trainer.loggers:
             logger.log_metrics(scalars, step=self.updates)
+
+    def _seed(self, seed: int) -> None:
+        """Seed the default generators that the loss draws from.
+
+        Without a GPU ``torch.manual_seed`` notes a stack trace for later at every call, a tenth of a small step.
+        """
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _check(self, batch: Batch) -> None:
         self._checked = True
