@@ -16,7 +16,8 @@ from callbacks.features.extractor import Extractor, Features
 from callbacks.features.frechet import Moments, Stats
 from callbacks.features.neighbours import precision_recall
 from callbacks.records import scalars, warn_once
-from callbacks.sampling import check_settings, condition_for, guidance_of, plain, shares
+from callbacks.sampling import condition_for, guidance_of, plain, shares
+from callbacks.validations import AtValidations
 from lightningmodules.base import GenerativeModule
 
 NEIGHBOURS = 3
@@ -33,7 +34,7 @@ class _Reference:
     hidden: Tensor | None
 
 
-class FrechetDistance(L.Callback):
+class FrechetDistance(AtValidations):
     """Frechet distance and its companions at every n-th validation.
 
     Logs ``metrics/<name>`` (for example ``metrics/fd_digits``) and, when the extractor offers them,
@@ -57,7 +58,7 @@ class FrechetDistance(L.Callback):
         chunk: samples per call of the network.
 
     Raises:
-        ValueError: at start, when the extractor cannot be found or settings are unknown.
+        ValueError: at start, when the extractor cannot be found.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class FrechetDistance(L.Callback):
         first_seed: int = 0,
         chunk: int = 256,
     ) -> None:
+        super().__init__()
         if n < 2:
             raise ValueError(f"callbacks.fid.n={n}: a distance needs at least 2 samples. Type callbacks.fid.n=1800.")
         self.extractor = _load(extractor) if isinstance(extractor, str) else extractor
@@ -81,26 +83,15 @@ class FrechetDistance(L.Callback):
         self.guidances = None if guidances is None else tuple(guidances)
         self.reference_n, self.first_seed, self.chunk = reference_n, first_seed, chunk
         self._reference: _Reference | None = None
-        self._shown = 0  # validations so far
-        self._done = -1  # step of the last of them
 
     @property
     def state_key(self) -> str:
         """One name per metric, so that a run can have several."""
         return f"{type(self).__name__}/{self.extractor.name}/n={self.n}"
 
-    def state_dict(self) -> dict[str, Any]:
-        """Which validation comes next."""
-        return {"shown": self._shown, "done": self._done}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue counting."""
-        self._shown, self._done = state_dict["shown"], state_dict["done"]
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check settings before anything is trained."""
+        """Check before anything is trained."""
         assert isinstance(pl_module, GenerativeModule)
-        check_settings(pl_module, self.settings)
         for kind in self.weights:
             pl_module.resolve_weights(kind)
         if self.n < trainer.world_size:
@@ -110,24 +101,21 @@ class FrechetDistance(L.Callback):
         """Make the reference before the first update: what is missing should not be found out after a day."""
         self._prepare(trainer, pl_module)
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure; give up without a trace when a stop is asked for."""
-        assert isinstance(pl_module, GenerativeModule)
-        fitting = trainer.state.fn == "fit"
-        if trainer.sanity_checking or (fitting and self._done == pl_module.updates):
-            return
-        if not fitting or self._shown % self.every == 0 or pl_module.updates >= trainer.max_steps:
-            reference = self._prepare(trainer, pl_module)
-            rows: list[tuple[dict[str, float], dict[str, Any]]] = []
-            for kind in dict.fromkeys(pl_module.resolve_weights(kind) for kind in self.weights):
-                for guidance in self.guidances or (guidance_of(self.settings),):
-                    row = self._measure(trainer, pl_module, reference, kind, guidance)
-                    if row is None:
-                        return
-                    rows.append(row)
-            for values, protocol in rows:
-                scalars(trainer, values, **protocol)
-        self._shown, self._done = self._shown + 1, pl_module.updates
+    def at_validation(self, trainer: L.Trainer, module: GenerativeModule) -> bool:
+        """Measure, for every kind of weights and every guidance."""
+        if not self.due(trainer, module, self.every):
+            return True
+        reference = self._prepare(trainer, module)
+        rows: list[tuple[dict[str, float], dict[str, Any]]] = []
+        for kind in dict.fromkeys(module.resolve_weights(kind) for kind in self.weights):
+            for guidance in self.guidances or (guidance_of(self.settings),):
+                row = self._measure(trainer, module, reference, kind, guidance)
+                if row is None:
+                    return False
+                rows.append(row)
+        for values, protocol in rows:
+            scalars(trainer, values, **protocol)
+        return True
 
     # ---- one measurement ------------------------------------------------------------------------------------------
 

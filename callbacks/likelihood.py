@@ -12,10 +12,11 @@ from torch import Tensor
 
 from callbacks.records import scalars
 from callbacks.sampling import plain
+from callbacks.validations import AtValidations
 from lightningmodules.base import GenerativeModule
 
 
-class Likelihood(L.Callback):
+class Likelihood(AtValidations):
     """Logs ``metrics/bpd``, and ``metrics/accuracy_bayes`` for rooms that can classify.
 
     The dequantisation noise of a sample is seeded by its key, so the value depends neither on batches nor on ranks,
@@ -38,35 +39,21 @@ class Likelihood(L.Callback):
         classify_settings: Mapping[str, Any] | None = None,
         max_batches: int | None = None,
     ) -> None:
+        super().__init__()
         self.conditional = conditional
         self.every, self.classify, self.max_batches = every, classify, max_batches
         self.classify_settings: dict[str, Any] = plain(classify_settings or {})
-        self._shown = 0  # validations so far
-        self._done = -1  # step of the last of them
 
-    def state_dict(self) -> dict[str, Any]:
-        """Which validation comes next."""
-        return {"shown": self._shown, "done": self._done}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue counting."""
-        self._shown, self._done = state_dict["shown"], state_dict["done"]
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure on all held-out data; give up without a trace when a stop is asked for."""
-        assert isinstance(pl_module, GenerativeModule)
-        fitting = trainer.state.fn == "fit"
-        if not hasattr(pl_module, "log_likelihood") or trainer.sanity_checking:
-            return
-        if fitting and self._done == pl_module.updates:
-            return
-        if not fitting or self._shown % self.every == 0 or pl_module.updates >= trainer.max_steps:
-            with torch.no_grad():
-                sums = self._sums(trainer, pl_module)
-            if sums is None:
-                return
-            self._log(trainer, pl_module, sums)
-        self._shown, self._done = self._shown + 1, pl_module.updates
+    def at_validation(self, trainer: L.Trainer, module: GenerativeModule) -> bool:
+        """Measure on all held-out data."""
+        if not hasattr(module, "log_likelihood") or not self.due(trainer, module, self.every):
+            return True
+        with torch.no_grad():
+            sums = self._sums(trainer, module)
+        if sums is None:
+            return False
+        self._log(trainer, module, sums)
+        return True
 
     def _log(self, trainer: L.Trainer, module: GenerativeModule, sums: Tensor) -> None:
         rows, nats, right, asked, infinite = sums.tolist()

@@ -23,7 +23,6 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from lightningmodules.base import GenerativeModule
 
-METRICS_FILE = "metrics.jsonl"
 SAMPLES_FOLDER = "samples"
 LARGEST_PNG = 512  # pixels per side; larger pictures go to TensorBoard as JPEG, four times smaller and twenty faster
 
@@ -32,19 +31,19 @@ _warned: set[str] = set()
 
 
 class JsonlLogger(Logger):
-    """Lightning logger that appends every scalar to ``<folder>/metrics.jsonl``, one JSON object per line.
+    """Lightning logger that appends every scalar to a file, one JSON object per line.
 
     A row holds ``step`` (updates), ``samples_seen``, ``time`` (seconds since 1970), ``tag``, ``value`` and, for
     metrics, the settings that produced the value. A value that is not finite is null, and ``nonfinite`` names it.
 
     Args:
-        folder: run folder.
+        path: the file, ``metrics.jsonl`` in a run folder.
         samples_seen: asked for the counter of every row.
     """
 
-    def __init__(self, folder: str | Path, samples_seen: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, path: str | Path, samples_seen: Callable[[], int] = lambda: 0) -> None:
         super().__init__()
-        self._folder, self._samples_seen = Path(folder), samples_seen
+        self.path, self._samples_seen = Path(path), samples_seen
 
     @property
     def name(self) -> str:
@@ -55,11 +54,6 @@ class JsonlLogger(Logger):
     def version(self) -> str:
         """Empty: a run has one file for its whole life."""
         return ""
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self._folder / METRICS_FILE
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -81,7 +75,7 @@ class JsonlLogger(Logger):
             if not math.isfinite(number):
                 row |= {"value": None, "nonfinite": str(number)}
             lines.append(json.dumps(row) + "\n")
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:  # opened each time: on resume the file is cut, and no handle may outlive that
             file.write("".join(lines))
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from callbacks.pictures import animation, encode_png, even_columns, film_strip, grid, read_tiles, short_count, to_tiles
 from callbacks.records import SAMPLES_FOLDER, picture, picture_path, scalars, warn_once
-from callbacks.sampling import check_settings, condition_for, draw, guidance_of, plain
+from callbacks.sampling import condition_for, draw, guidance_of, plain
+from callbacks.validations import AtValidations
 from lightningmodules.base import GenerativeModule
 from lightningmodules.shared.codecs import Pixels
 
@@ -22,7 +23,7 @@ STRIP_COLUMNS = 12
 FRAMES = 24
 
 
-class Samples(L.Callback):
+class Samples(AtValidations):
     """Grids of samples at every validation, to TensorBoard and to ``samples/step_*/`` in the run folder.
 
     ============================  ==============================================================================
@@ -60,25 +61,15 @@ class Samples(L.Callback):
         first_seed: int = 0,
         chunk: int = 64,
     ) -> None:
+        super().__init__()
         self.settings: dict[str, Any] = plain(settings or {})
         self.weights, self.guidances = tuple(weights), tuple(guidances)
         self.guidance_every, self.trajectory_every = guidance_every, trajectory_every
         self.first_seed, self.chunk = first_seed, chunk
-        self._shown = 0  # validations drawn so far
-        self._done = -1  # step of the last of them
-
-    def state_dict(self) -> dict[str, Any]:
-        """Which validation comes next, so that a continued run draws the same pictures."""
-        return {"shown": self._shown, "done": self._done}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue counting."""
-        self._shown, self._done = state_dict["shown"], state_dict["done"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check settings before anything is trained."""
+        """Check before anything is trained."""
         assert isinstance(pl_module, GenerativeModule)
-        check_settings(pl_module, self.settings)
         for kind in self.weights:
             pl_module.resolve_weights(kind)
 
@@ -96,30 +87,26 @@ class Samples(L.Callback):
             drawn = grid(shown, even_columns(len(shown), 8), heading="data", details=details)
             picture(trainer, "samples/data", encode_png(drawn))
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def at_validation(self, trainer: L.Trainer, module: GenerativeModule) -> bool:
         """Draw everything that is due; give up between two pictures when a stop is asked for."""
-        assert isinstance(pl_module, GenerativeModule)
-        if trainer.sanity_checking or (trainer.state.fn == "fit" and self._done == pl_module.updates):
-            return
-        last = pl_module.updates >= trainer.max_steps
         jobs: list[tuple[str, Callable[[L.Trainer, GenerativeModule], None]]] = [("samples", self._main)]
-        if pl_module.num_classes > 1:
+        if module.num_classes > 1:
             jobs.append(("samples/classes", self._classes))
-            if self.guidances and _due(self._shown, self.guidance_every, last):
+            if self.guidances and self.due(trainer, module, self.guidance_every):
                 jobs.append(("samples/guidance", self._guidance))
-        if _due(self._shown, self.trajectory_every, last):
-            if hasattr(pl_module, "trajectory"):
+        if self.due(trainer, module, self.trajectory_every):
+            if hasattr(module, "trajectory"):
                 jobs.append(("samples/trajectory", self._trajectory))
-            if hasattr(pl_module, "reconstruct"):
+            if hasattr(module, "reconstruct"):
                 jobs.append(("samples/reconstruction", self._reconstruction))
         jobs.append(("samples/progress", self._progress))
         for tag, job in jobs:
-            if pl_module.stop_requested():
-                return
+            if module.stop_requested():
+                return False
             # With several ranks a sampling error must surface: the others would wait for this rank for ever.
             with _survive(tag, trainer.world_size == 1), torch.no_grad():
-                job(trainer, pl_module)
-        self._shown, self._done = self._shown + 1, pl_module.updates
+                job(trainer, module)
+        return True
 
     # ---- the pictures ---------------------------------------------------------------------------------------------
 
@@ -236,10 +223,6 @@ def _survive(what: str, active: bool = True) -> Iterator[None]:
         warn_once(
             what, f"The picture {what} failed and is left out ({type(error).__name__}: {error}). Training goes on."
         )
-
-
-def _due(shown: int, every: int, last: bool) -> bool:
-    return bool(every) and (last or shown % every == 0)
 
 
 def _size(module: GenerativeModule) -> int:

@@ -1,7 +1,5 @@
-"""How callbacks ask a room for samples: settings are checked before training, work is cut into equal chunks."""
+"""How callbacks ask a room for samples: work is cut into equal chunks."""
 
-import difflib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,28 +8,6 @@ from torch import Tensor
 
 from lightningmodules.base import GenerativeModule
 from lightningmodules.shared.conditioning import Condition
-
-RESERVED = ("seeds", "condition", "noise")
-
-
-def check_settings(module: GenerativeModule, settings: Mapping[str, Any], where: str = "sampling") -> None:
-    """Refuse settings that the room's ``sample`` does not have.
-
-    Args:
-        module: the room.
-        settings: keywords for ``sample``.
-        where: config block they came from, for the message.
-
-    Raises:
-        ValueError: an unknown setting.
-    """
-    known = [name for name in inspect.signature(module.sample).parameters if name not in RESERVED]
-    for name in settings:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" Did you mean {where}.{near[0]}?" if near else ""
-            room = type(module).__name__
-            raise ValueError(f"{where}.{name}: {room} has no such sampling setting.{hint} It has: {', '.join(known)}.")
 
 
 def plain(value: Any) -> Any:

@@ -20,9 +20,12 @@ from callbacks.checkpointing import Schedule
 from callbacks.records import JsonlLogger
 from lightningmodules.base import GenerativeModule
 from platform import signals
-from platform.runs import BOARD, Run
+from platform.quantities import data_size
+from platform.runs import BOARD, METRICS, Run
 from platform.stopping import StopFlag
 from platform.strategy import Sharded, shard
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = ("32", "bf16-mixed")
 NEVER = 1 << 62  # micro-batches until Lightning would validate by itself; callbacks.checkpointing decides instead
@@ -115,8 +118,8 @@ def check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < 2 * needed:
         raise ValueError(
-            f"Two checkpoints need {2 * needed / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free on the disk of"
-            f" {folder}. Free some space, or type runs=FOLDER to write elsewhere."
+            f"Two checkpoints need {data_size(2 * needed)}, {data_size(free)} are free on the disk of {folder}."
+            f" Free some space, or type runs=FOLDER to write elsewhere."
         )
 
 
@@ -128,7 +131,7 @@ def callbacks(cfg: DictConfig) -> list[L.Callback]:
 def loggers(run: Run, start: int, room: GenerativeModule) -> list[Logger]:
     """TensorBoard and metrics.jsonl; points of a killed attempt beyond ``start`` disappear."""
     board = TensorBoardLogger(run.path / BOARD, name="", version="", purge_step=start + 1 if start else None)
-    return [board, JsonlLogger(run.path, lambda: room.samples_seen)]
+    return [board, JsonlLogger(run.path / METRICS, lambda: room.samples_seen)]
 
 
 def trainer(
@@ -204,12 +207,15 @@ def _save(trainer: L.Trainer, run: Run, path: Path, needed: int) -> bool:
     room = trainer.strategy.broadcast(shutil.disk_usage(run.path).free if trainer.is_global_zero else 0)
     if room < needed:
         kept = run.latest()
-        warnings.warn(
-            f"checkpoint of {needed / 2**30:.3g} GiB not written, {room / 2**30:.3g} GiB are free on the disk"
-            f" of {run.path}. Training goes on; the last good checkpoint is {kept.name if kept else 'none'}."
-            f" Free some space or lower checkpoints.keep.",
-            stacklevel=2,
-        )
+        if trainer.is_global_zero:
+            log.warning(
+                "Checkpoint of %s not written, %s are free on the disk of %s. Training goes on; the last good"
+                " checkpoint is %s. Free some space or lower checkpoints.keep.",
+                data_size(needed),
+                data_size(room),
+                run.path,
+                kept.name if kept else "none",
+            )
         return False
     trainer.save_checkpoint(path)
     return True

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from platform import verbs
+from platform.journal import rank_of_process
 from platform.suggest import hint
 
 DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 75
@@ -107,8 +108,8 @@ def _raised_by_us(trace: TracebackType | None) -> bool:
 
 def _rank() -> str:
     """Says which process speaks when it is not the first one, nothing otherwise."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or "0"
-    return "" if rank == "0" else f"rank {rank}: "
+    rank = rank_of_process()
+    return f"rank {rank}: " if rank else ""
 
 
 def _unknown_verb(word: str) -> str:

@@ -185,17 +185,24 @@ class Draft:
                     raise self._missing(f"{key}.{name}", argument.annotation)
 
     def check_sampling(self) -> None:
-        """Every key of ``sampling`` is an argument of the room's ``sample``, with a value of its type."""
+        """Every key of ``sampling`` is an argument of the room's ``sample``, with a value of its type.
+
+        So is every key of ``settings`` of a callback: callbacks that sample take the room's keywords by this name.
+        """
         room = signatures.locate(self._signature(self.tree["module"], "module").target)
         if not hasattr(room, "sample"):
             return
         signature = signatures.read(f"{room.__name__}.sample", room.sample, without=_REQUEST)
-        given = self.tree["sampling"]
-        for name in given:
-            if not _takes(signature, name):
-                raise self.unknown(f"sampling.{name}", signature)
-            if name in signature.arguments:
-                given[name] = self._fit(f"sampling.{name}", given[name], signature.arguments[name])
+        blocks = {"sampling": self.tree["sampling"]}
+        for callback, node in self.tree.get("callbacks", {}).items():
+            if isinstance(node, dict) and isinstance(node.get("settings"), dict):
+                blocks[f"callbacks.{callback}.settings"] = node["settings"]
+        for block, given in blocks.items():
+            for name in given:
+                if not _takes(signature, name):
+                    raise self.unknown(f"{block}.{name}", signature)
+                if name in signature.arguments:
+                    given[name] = self._fit(f"{block}.{name}", given[name], signature.arguments[name])
 
     def resolve(self) -> None:
         """Replace every ``${...}`` by what it stands for."""

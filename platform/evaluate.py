@@ -30,10 +30,9 @@ def run(args: argparse.Namespace) -> int:
     settings = configs.check_sampling(cfg, args.overrides)
     source = Path(args.run)
     root = source if source.is_dir() else source.parent
-    out = root / FOLDER / f"step_{module.updates:09d}"
-    file = out / METRICS
+    file = root / FOLDER / f"step_{module.updates:09d}" / METRICS
     before = len(file.read_text().splitlines()) if file.is_file() else 0
-    measure(module, cfg, settings, args.n, out)
+    measure(module, cfg, settings, args.n, file)
     rows = [json.loads(line) for line in file.read_text().splitlines()[before:]] if file.is_file() else []
     print(
         f"{args.run} at step {module.updates}, weights {module.active_weights},"
@@ -45,15 +44,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(module: Any, cfg: DictConfig, settings: dict[str, Any], n: int | None, out: Path) -> None:
-    """Run the configured metrics once on the active weights; rows go to ``out/metrics.jsonl``.
+def measure(module: Any, cfg: DictConfig, settings: dict[str, Any], n: int | None, file: Path) -> None:
+    """Run the configured metrics once on the active weights.
 
     Args:
         module: the room with the weights to measure active.
         cfg: its configuration; ``callbacks.fid`` and ``callbacks.likelihood`` say what is measured.
         settings: keywords of the room's ``sample``.
         n: samples for distances, or None for the configured number.
-        out: folder of the rows.
+        file: rows are added to it, one JSON object per line.
     """
     import hydra
     import lightning as L
@@ -71,13 +70,13 @@ def measure(module: Any, cfg: DictConfig, settings: dict[str, Any], n: int | Non
             entry |= {"settings": settings, "weights": [module.active_weights]} | ({"n": n} if n else {})
     datamodule = assemble.data(cfg)
     assemble.quiet()
-    out.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     trainer = L.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
-        logger=JsonlLogger(out, lambda: module.samples_seen),
+        logger=JsonlLogger(file, lambda: module.samples_seen),
         callbacks=[hydra.utils.instantiate(entry, _convert_="all") for entry in chosen],
-        default_root_dir=out,
+        default_root_dir=file.parent,
         inference_mode=False,  # score-based denoising differentiates while sampling
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from platform import config
 from platform.origins import EXPERIMENTS, experiments, read
+from platform.quantities import count, data_size
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -65,20 +66,20 @@ def needs(cfg: "DictConfig", guess: "Estimate") -> list[tuple[str, str]]:
     ranks = int(cfg.trainer.devices) * int(cfg.trainer.num_nodes)
     batch, steps = int(cfg.data.get("batch_size") or 1), int(cfg.trainer.max_steps)
     micro = min(int(cfg.data.get("micro_batch") or batch), max(1, batch // ranks))
-    frozen = f", {_count(guess.frozen)} frozen" if guess.frozen else ""
-    flops = f"{_count(guess.flops)}FLOP per training sample, forward and backward" if guess.flops else "unknown"
-    run = f"; {_count(guess.flops * batch * steps)}FLOP for the run" if guess.flops else ""
+    frozen = f", {count(guess.frozen)} frozen" if guess.frozen else ""
+    flops = f"{count(guess.flops)}FLOP per training sample, forward and backward" if guess.flops else "unknown"
+    run = f"; {count(guess.flops * batch * steps)}FLOP for the run" if guess.flops else ""
     parts = guess.state_bytes(ranks)
     if guess.activation_bytes is not None:
         parts[f"activations of {micro} samples"] = guess.activation_bytes * micro
-    listed = " + ".join(f"{name} {_bytes(value)}" for name, value in parts.items() if value)
+    listed = " + ".join(f"{name} {data_size(value)}" for name, value in parts.items() if value)
     unknown = "" if guess.activation_bytes is not None else " + activations (unknown)"
     return [
         ("parameters", f"{guess.trainable:,} trainable{frozen}, {guess.averages} averaged copies"),
         ("arithmetic", f"{flops}{run}"),
         ("batch", f"{batch} samples per step = {micro} x {batch / (micro * ranks):g} micro-batches x {ranks} ranks"),
         ("length", f"{steps:,} steps, {steps * batch:,} samples"),
-        ("memory", f"about {_bytes(sum(parts.values()))} per device (estimate) = {listed}{unknown}"),
+        ("memory", f"about {data_size(sum(parts.values()))} per device (estimate) = {listed}{unknown}"),
     ]
 
 
@@ -92,20 +93,3 @@ def _list(console: "Console") -> None:
         table.add_row(*row)
     console.print(table)
     console.print("\nOne in full: python -m platform show EXPERIMENT   Train it: python -m platform fit EXPERIMENT")
-
-
-def _count(value: float) -> str:
-    """A number with an SI prefix: 3230000 -> ``3.23 M``."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if value < 1000:
-            return f"{value:.3g} {prefix}"
-        value /= 1000
-    return f"{value:.3g} E"
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:.3g} TiB"

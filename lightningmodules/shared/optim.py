@@ -3,19 +3,6 @@
 import math
 
 
-def constant(step: int, total_steps: int) -> float:
-    """The learning rate as it is set.
-
-    Args:
-        step: updates made so far, >= 0.
-        total_steps: unused; every curve takes it.
-
-    Returns:
-        1.0.
-    """
-    return 1.0
-
-
 def warmup_cosine(step: int, total_steps: int, *, warmup_steps: int = 0, start: float = 0.0, end: float = 0.0) -> float:
     """Straight line up, half a cosine down, then level.
 

@@ -87,6 +87,15 @@ TYPED = {
     "callbacks.meter.settings.guidance=3": (
         "callbacks.meter.settings.guidance=3: callbacks.meter.settings follows sampling. Type sampling.guidance=3."
     ),
+    "callbacks.meter.settings={guidence: 2}": (
+        "callbacks.meter.settings.guidence: no such setting. Did you mean callbacks.meter.settings.guidance? "
+        "Room.sample takes guidance, steps. Set on the command line (callbacks.meter.settings={guidence: 2}). "
+        "Correct the name there."
+    ),
+    "callbacks.meter.settings={steps: many}": (
+        "callbacks.meter.settings.steps=many: expected a whole number or null. Set on the command line "
+        "(callbacks.meter.settings={steps: many}). Type e.g. callbacks.meter.settings.steps=1."
+    ),
     "trainer={max_step: 3}": (
         "trainer.max_step: no such setting. Did you mean trainer.max_steps? Set on the command line "
         "(trainer={max_step: 3}). Correct the name there."
@@ -182,9 +191,9 @@ TYPED = {
         " Set on the command line (module._target_=tests.unit.config_rooms.Rom). Type the full path, "
         "package.module.Name."
     ),
-    "module.schedule._target_=lightningmodules.shared.optim.constant": (
+    "module.schedule._target_=tests.unit.config_rooms.level": (
         "module.schedule.warmup_steps: no such setting. Did you mean module.schedule.total_steps? "
-        "lightningmodules.shared.optim.constant takes step, total_steps. Set in experiments/toy.yaml line 13."
+        "tests.unit.config_rooms.level takes step, total_steps. Set in experiments/toy.yaml line 13."
         " A new _target_ needs its whole mapping: module.schedule='{_target_: ..., ...}'."
     ),
     "module.codec={_target_: lightningmodules.shared.codecs.Pixels, sise: 8}": (

@@ -117,7 +117,7 @@ def trainer(folder: Path, callbacks: Sequence[L.Callback], room: Bells, **settin
     defaults: dict[str, Any] = {"max_steps": 20, "val_check_interval": 10, "log_every_n_steps": 5}
     return L.Trainer(
         accelerator="cpu", devices=1, default_root_dir=folder, max_epochs=-1, check_val_every_n_epoch=None,
-        num_sanity_val_steps=0, logger=[board, JsonlLogger(folder, lambda: room.samples_seen)],
+        num_sanity_val_steps=0, logger=[board, JsonlLogger(folder / "metrics.jsonl", lambda: room.samples_seen)],
         callbacks=list(callbacks), use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False, **{**defaults, **settings},
     )  # fmt: skip

@@ -16,6 +16,10 @@ def scale(value: float) -> float:
     return value
 
 
+def level(step: int, total_steps: int) -> float:
+    return 1.0
+
+
 class Net:
     def __init__(self, channels: int, width: int = 8, *, dropout: float = 0.0) -> None:
         self.width = width

@@ -17,7 +17,7 @@ from callbacks.likelihood import Likelihood, seeds_of
 from callbacks.progress import Progress, duration
 from callbacks.records import JsonlLogger
 from callbacks.samples import Samples
-from callbacks.sampling import check_settings, shares
+from callbacks.sampling import shares
 from callbacks.throughput import Throughput
 from tests.unit.bells import Bells, DigitData, fit
 
@@ -42,7 +42,7 @@ def weights(room: Bells) -> torch.Tensor:
 
 
 def test_rows_hold_numbers_that_json_lacks(tmp_path):
-    logger = JsonlLogger(tmp_path / "deep" / "run", lambda: 640)
+    logger = JsonlLogger(tmp_path / "deep" / "run" / "metrics.jsonl", lambda: 640)
     logger.log_metrics({"train/loss": float("nan"), "train/lr": 0.5}, step=3)
     logger.write({"metrics/x": 1.0}, 4, {"n": 5})
     first, second, third = map(json.loads, logger.path.read_text().splitlines())
@@ -183,13 +183,6 @@ def test_shares_cover_every_number_once_with_equally_many_calls():
         parts = [list(shares(count, rank, world, chunk)) for rank in range(world)]
         assert len({tuple(len(numbers) for numbers, _ in part) for part in parts}) == 1
         assert sorted(n for part in parts for numbers, used in part for n in numbers[:used]) == list(range(count))
-
-
-def test_unknown_sampling_settings_are_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match=r"sampling\.guidence: .*Did you mean sampling\.guidance\?"):
-        fit(tmp_path, Samples({"guidence": 2.0}))
-    with pytest.raises(ValueError, match="It has: guidance"):
-        check_settings(Bells(), {"seeds": 3})
 
 
 def test_a_broken_picture_does_not_stop_training(tmp_path, caplog, monkeypatch):
