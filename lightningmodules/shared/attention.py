@@ -96,7 +96,7 @@ class CausalAttention(nn.Module):
         """Return the residual branch for a whole sequence, (rows, tokens, channels), shape of ``x``."""
         rows, tokens, channels = x.shape
         qkv = self.qkv(self.norm(x)).view(rows, tokens, 3, self.heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (rows, heads, tokens, head_dim)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (rows, heads, tokens, head_dim)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.dropout(self.proj(out.transpose(1, 2).reshape(rows, tokens, channels)))
 

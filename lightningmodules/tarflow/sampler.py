@@ -51,7 +51,7 @@ class _Push(NamedTuple):
     temperature: float
 
 
-Linear = tuple[Tensor, Tensor]  # weight, bias
+Linear = tuple[Tensor, Tensor]  # bias, transposed weight: what ``addmm`` takes
 Norm = tuple[list[int], Tensor, Tensor, float]  # arguments of layer_norm after the input
 
 
@@ -130,7 +130,7 @@ def _invert_block(block: FlowBlock, z: Tensor, y: Tensor | None, caches: list[KV
         caches.append(_cache_for(block, rows * (2 if push else 1), dtype, z.device))
     cache = caches[0]
     class_rows, query_scale = _doubled(block, y, rows, push)
-    enter, (leave, constant) = block.proj_in.weight.float().t(), _cast(block.proj_out, torch.float32)
+    enter, leave = block.proj_in.weight.float().t(), _cast(block.proj_out, torch.float32)
     layers = [_take(layer, dtype) for layer in block.layers]
     with torch.autocast(z.device.type, enabled=False):
         for i in range(len(tokens) - 1):
@@ -139,7 +139,7 @@ def _invert_block(block: FlowBlock, z: Tensor, y: Tensor | None, caches: list[KV
                 h = torch.cat((h, h))
             if class_rows is not None:
                 h = h + class_rows
-            out = F.linear(_transform(layers, h, cache, i, query_scale), leave, constant)
+            out = _linear(_transform(layers, h, cache, i, query_scale), leave)
             if push:
                 out = guide(out[:rows], out[rows:], strengths[i])
             alpha, mu = out.chunk(2, dim=-1) if block.nvp else (None, out)
@@ -152,17 +152,31 @@ def _transform(layers: list[_Layer], h: Tensor, cache: KVCache, position: int, q
 
     ``h`` is overwritten.
     """
-    low = layers[0].proj[0].dtype if layers[0].proj[0].dtype != h.dtype else None
+    low = layers[0].qkv[0].dtype if layers[0].qkv[0].dtype != h.dtype else None
     for index, layer in enumerate(layers):
         normed = torch.layer_norm(h, *layer.norm_attention)
-        qkv = F.linear(normed if low is None else normed.to(low), *layer.qkv)  # even a void ``to`` costs 3 % of a step
+        qkv = _linear(normed if low is None else normed.to(low), layer.qkv)  # even a void ``to`` costs 3 % of a step
         if query_scale is not None:
             qkv[:, : h.shape[1]] *= query_scale
-        h.add_(F.linear(cache.attend(index, position, qkv), *layer.proj))
+        _add_linear(h, cache.attend(index, position, qkv), layer.proj)
         normed = torch.layer_norm(h, *layer.norm_mlp)
-        hidden = F.gelu(F.linear(normed if low is None else normed.to(low), *layer.up))
-        h.add_(F.linear(hidden, *layer.down))
+        hidden = F.gelu(_linear(normed if low is None else normed.to(low), layer.up))
+        _add_linear(h, hidden, layer.down)
     return h
+
+
+def _linear(x: Tensor, linear: Linear) -> Tensor:
+    bias, weight = linear
+    return torch.addmm(bias, x, weight)
+
+
+def _add_linear(h: Tensor, x: Tensor, linear: Linear) -> None:
+    """Add a linear map of ``x`` to ``h`` in place; in the residual stream's own dtype, without a copy."""
+    bias, weight = linear
+    if weight.dtype == h.dtype:
+        h.addmm_(x, weight).add_(bias)
+    else:
+        h.add_(torch.addmm(bias, x, weight))
 
 
 def _doubled(block: FlowBlock, y: Tensor | None, rows: int, push: _Push | None) -> tuple[Tensor | None, Tensor | None]:
@@ -199,7 +213,7 @@ def _norm(norm: nn.LayerNorm) -> Norm:
 
 
 def _cast(linear: nn.Linear, dtype: torch.dtype) -> Linear:
-    return linear.weight.to(dtype), linear.bias.to(dtype)
+    return linear.bias.to(dtype), linear.weight.to(dtype).t()
 
 
 def _cache_for(block: FlowBlock, rows: int, dtype: torch.dtype, device: torch.device) -> KVCache:

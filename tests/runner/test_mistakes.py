@@ -77,8 +77,8 @@ def test_other_settings(runs: Path, answer: Ask) -> None:
     assert answer.fit(runs, "module.noise_std=0.25", "trainer.max_steps=9") == (
         2,
         f"{runs}/quickstart-tiny holds a run with other settings:\n"
-        f"  module.noise_std: 0.13 in {runs}/quickstart-tiny/config.yaml, now 0.25\n"
-        "The same run: leave module.noise_std at 0.13. Another run beside it: add tag=NAME.\n",
+        f"  module.noise_std: 0.15 in {runs}/quickstart-tiny/config.yaml, now 0.25\n"
+        "The same run: leave module.noise_std at 0.15. Another run beside it: add tag=NAME.\n",
     )
     assert contents(runs) == before
 
