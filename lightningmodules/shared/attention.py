@@ -49,7 +49,8 @@ class KVCache:
         device: torch.device,
     ) -> None:
         store = torch.empty(layers, 2, rows, heads, length, head_dim, dtype=dtype, device=device)
-        self._layers = list(store.unbind(0))  # views made once: indexing costs as much as a small matrix product
+        # Views made once and ``narrow`` instead of slices: indexing costs as much as a small matrix product.
+        self._layers = [(both, *both.unbind(0)) for both in store.unbind(0)]
 
     def attend(self, layer: int, position: int, qkv: Tensor) -> Tensor:
         """Add one token to a layer's cache and let it attend to itself and to the tokens before it.
@@ -63,11 +64,12 @@ class KVCache:
             Attended values, (rows, channels), heads side by side.
         """
         rows, width = qkv.shape
-        store, end = self._layers[layer], position + 1
-        new = qkv.view(rows, 3, -1, 1, store.shape[-1]).transpose(0, 1)  # (3, rows, heads, 1, head_dim)
-        store[:, :, :, position:end].copy_(new[1:])
-        keys, values = store[:, :, :, :end].unbind(0)
-        return F.scaled_dot_product_attention(new[0], keys, values).reshape(rows, width // 3)
+        both, keys, values = self._layers[layer]
+        new = qkv.view(rows, 3, -1, 1, keys.shape[-1]).transpose(0, 1)  # (3, rows, heads, 1, head_dim)
+        both.narrow(3, position, 1).copy_(new.narrow(0, 1, 2))
+        seen = position + 1
+        out = F.scaled_dot_product_attention(new[0], keys.narrow(2, 0, seen), values.narrow(2, 0, seen))
+        return out.reshape(rows, width // 3)
 
 
 class CausalAttention(nn.Module):

