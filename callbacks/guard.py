@@ -127,10 +127,12 @@ class Guard(L.Callback):
         lines = [f"Update {module.updates} is not finite: gradient norm {norm:g}."]
         lines += [line for finding in findings for line in finding.lines()]
         norms = ", ".join(f"{value:.3g}" for value in self.norms)
+        advice = "Often a lower module.optimizer.lr helps" + (
+            "; callbacks.guard.policy=skip leaves such updates out." if self.policy == "stop" else "."
+        )
         lines += [
             f"Gradient norms of the last {len(self.norms)} updates: {norms or 'none'}.",
-            f"The batch is saved in {files}. The weights were not touched; the newest checkpoint is good. To leave such"
-            f" updates out set callbacks.guard.policy=skip; often a lower module.optimizer.lr is the better answer.",
+            f"The batch is saved in {files}. The weights were not touched, nor was any checkpoint. {advice}",
         ]
         raise RuntimeError("\n".join(lines))
 

@@ -70,7 +70,12 @@ class Likelihood(AtValidations):
         bits = -nats / rows / dimensions / math.log(2) if not infinite else math.inf
         scalars(trainer, {"metrics/bpd": bits}, **protocol)
         if asked:
-            settings = {"settings": self.classify_settings, "weights": module.active_weights, "n": round(asked)}
+            settings = {
+                "settings": self.classify_settings,
+                "weights": module.active_weights,
+                "n": round(asked),
+                "noise": "seeded by key",
+            }
             scalars(trainer, {"metrics/accuracy_bayes": right / asked}, **settings)
 
     def _sums(self, trainer: L.Trainer, module: GenerativeModule) -> Tensor | None:

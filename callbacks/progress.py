@@ -1,6 +1,7 @@
 """One line that says how training is going: live on a terminal, one per interval in a log."""
 
 import logging
+import re
 import time
 from typing import Any
 
@@ -20,8 +21,9 @@ MEASURED = ("val/", "metrics/")  # tags that belong to a validation
 class Progress(L.Callback):
     """Replaces Lightning's bar.
 
-    On a terminal one live line; elsewhere (batch logs, pipes) one plain line per interval, without carriage returns
-    or colour. Colour is also off where NO_COLOR is set. After a validation one line with its numbers stays.
+    On a terminal one live line, with as much as fits its width; elsewhere (batch logs, pipes) one plain line per
+    interval, without carriage returns or colour. Colour is also off where NO_COLOR is set. After a validation one line
+    with its numbers stays.
 
     Args:
         every: updates between plain lines; None for ``trainer.log_every``.
@@ -69,8 +71,8 @@ class Progress(L.Callback):
         kept = pl_module.latest
         self._before = {tag: kept.pop(tag) for tag in list(kept) if tag.startswith(MEASURED)}
         if self._live is not None:
-            line = self._line(trainer, pl_module, time.monotonic())
-            self._live.update(self._styled(f"{line}  validating"), refresh=True)
+            line = self._line(trainer, pl_module, time.monotonic(), validating=True)
+            self._live.update(self._styled(line), refresh=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """One line with the numbers of this validation."""
@@ -116,8 +118,18 @@ class Progress(L.Callback):
             text.highlight_regex(r"^(step|validation at) [\d/.kMG]+", "bold")
         return text
 
-    def _line(self, trainer: L.Trainer, module: GenerativeModule, now: float) -> str:
+    def _line(self, trainer: L.Trainer, module: GenerativeModule, now: float, validating: bool = False) -> str:
         """``step 1200/400k  307k img  loss 2.31  grad 0.42  812 img/s  data 2%  fd_digits 0.061@1000  eta 3d04h``."""
+        parts = self._parts(trainer, module, now)
+        if validating:
+            parts[-1] = "validating"
+        if self._live is not None:
+            for dropped in DROPPED:
+                if len("  ".join(parts)) > self.console.width:
+                    parts = [part for part in parts if not re.search(dropped, part)]
+        return "  ".join(parts)
+
+    def _parts(self, trainer: L.Trainer, module: GenerativeModule, now: float) -> list[str]:
         step, total, values = module.updates, trainer.max_steps, module.latest
         parts = [f"step {step}/{short_count(total) if total >= 10_000 else total}"]
         parts.append(f"{short_count(module.samples_seen)} img")
@@ -130,9 +142,8 @@ class Progress(L.Callback):
         if self._saved:
             parts.append(f"ckpt {duration(now - self._saved)} ago")
         done = step - self._first
-        if done > 0:
-            parts.append(f"eta {duration((now - self._started) / done * max(0, total - step))}")
-        return "  ".join(parts)
+        left = duration((now - self._started) / done * max(0, total - step)) if done > 0 else "?"
+        return [*parts, f"eta {left}"]
 
 
 FORMS = (
@@ -143,6 +154,9 @@ FORMS = (
     ("speed/data_wait_percent", "data {:.0f}%"),
     ("speed/memory_gib", "mem {:.1f}G"),
 )
+
+
+DROPPED = ("^mem ", "^mfu ", " img$", "^ckpt ", "^grad ", "^data ", "@", " img/s$")  # first to go on a narrow terminal
 
 
 def duration(seconds: float) -> str:

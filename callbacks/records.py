@@ -93,14 +93,17 @@ def scalar(trainer: L.Trainer, tag: str, value: float, **protocol: Any) -> None:
 
 
 def scalars(trainer: L.Trainer, values: Mapping[str, float], **protocol: Any) -> None:
-    """Log several numbers of one step; see :func:`scalar`."""
+    """Log several numbers of one step; see :func:`scalar`.
+
+    Rows written during a validation say so: when it was cut short they go, and the continued run writes them anew.
+    """
     module = trainer.lightning_module
     assert isinstance(module, GenerativeModule)
     numbers = {tag: float(value) for tag, value in values.items()}
     module.latest.update(numbers)
     for logger in trainer.loggers:
         if isinstance(logger, JsonlLogger):
-            logger.write(numbers, module.updates, protocol)
+            logger.write(numbers, module.updates, {"validation": True, **protocol} if trainer.validating else protocol)
         else:
             logger.log_metrics(numbers, step=module.updates)
             _flush(logger)

@@ -20,6 +20,7 @@ from callbacks.checkpointing import Schedule
 from callbacks.records import JsonlLogger
 from lightningmodules.base import GenerativeModule
 from platform import signals
+from platform.journal import rank_of_process
 from platform.quantities import data_size
 from platform.runs import BOARD, METRICS, Run
 from platform.stopping import StopFlag
@@ -128,9 +129,16 @@ def callbacks(cfg: DictConfig) -> list[L.Callback]:
     return [hydra.utils.instantiate(entry, _convert_="all") for entry in cfg.callbacks.values() if entry is not None]
 
 
-def loggers(run: Run, start: int, room: GenerativeModule) -> list[Logger]:
-    """TensorBoard and metrics.jsonl; points of a killed attempt beyond ``start`` disappear."""
-    board = TensorBoardLogger(run.path / BOARD, name="", version="", purge_step=start + 1 if start else None)
+def loggers(run: Run, start: int, owed: bool, room: GenerativeModule) -> list[Logger]:
+    """TensorBoard and metrics.jsonl; points of a killed attempt beyond ``start`` disappear.
+
+    So do those of a validation of ``start`` that is owed. TensorBoard forgets whole steps only: what else belongs to
+    ``start`` is written again.
+    """
+    purge = start + (0 if owed else 1)
+    board = TensorBoardLogger(run.path / BOARD, name="", version="", purge_step=purge if start else None)
+    if owed and rank_of_process() == 0:
+        board.log_metrics({row["tag"]: row["value"] for row in run.rows(start) if row["value"] is not None}, start)
     return [board, JsonlLogger(run.path / METRICS, lambda: room.samples_seen)]
 
 
@@ -139,10 +147,9 @@ def trainer(
     run: Run,
     flag: StopFlag,
     extra: list[L.Callback],
+    loggers: list[Logger],
     *,
-    room: GenerativeModule,
     accumulation: int,
-    start: int,
     needed: int,
 ) -> L.Trainer:
     """Lightning's trainer, driven by optimiser updates and saving only where a run can be continued."""
@@ -181,7 +188,7 @@ def trainer(
             log_every_n_steps=int(cfg.trainer.log_every),
             deterministic=bool(cfg.trainer.deterministic),
             default_root_dir=run.path,
-            logger=loggers(run, start, room),
+            logger=loggers,
             callbacks=[*extra, schedule],
             num_sanity_val_steps=0,
             inference_mode=False,  # score-based denoising differentiates while sampling

@@ -46,17 +46,25 @@ def fit(cfg: DictConfig) -> int:
     needed = assemble.checkpoint_bytes(cfg, plan)
     with run.locked() if writer else contextlib.nullcontext(), journal(run.path, rank):
         start, checkpoint = _where(run, cfg, writer)
-        if checkpoint is not None and start >= int(cfg.trainer.max_steps) and not _owed(checkpoint):
+        owed = checkpoint is not None and _owed(checkpoint)
+        if checkpoint is not None and start >= int(cfg.trainer.max_steps) and not owed:
             _report(cfg, run, "already complete", start, writer)
             return 0
         if writer:
             assemble.check_disk(run.path, needed)
-            _prepare_folder(run, cfg, start, checkpoint, datamodule.describe())
-        return _train(cfg, run, datamodule, start, checkpoint, needed, writer)
+            _prepare_folder(run, cfg, start, owed, datamodule.describe())
+        return _train(cfg, run, datamodule, start, checkpoint, owed, needed, writer)
 
 
 def _train(
-    cfg: DictConfig, run: Any, datamodule: Any, start: int, checkpoint: Path | None, needed: int, writer: bool
+    cfg: DictConfig,
+    run: Any,
+    datamodule: Any,
+    start: int,
+    checkpoint: Path | None,
+    owed: bool,
+    needed: int,
+    writer: bool,
 ) -> int:
     from platform import assemble, screens
     from platform.stopping import StopFlag
@@ -65,7 +73,8 @@ def _train(
     room = assemble.module(cfg, flag)
     extra = [screens.StartScreen(cfg, run, datamodule.describe(), start), *assemble.callbacks(cfg)]
     accumulation = datamodule.accumulation_for(assemble.world_size(cfg))
-    trainer = assemble.trainer(cfg, run, flag, extra, room=room, accumulation=accumulation, start=start, needed=needed)
+    loggers = assemble.loggers(run, start, owed, room)
+    trainer = assemble.trainer(cfg, run, flag, extra, loggers, accumulation=accumulation, needed=needed)
     try:
         trainer.fit(room, datamodule=datamodule, ckpt_path=checkpoint, weights_only=False)
     except BaseException as raised:
@@ -92,7 +101,7 @@ def _where(run: Any, cfg: DictConfig, writer: bool) -> tuple[int, Path | None]:
     Raises:
         ValueError: the folder holds another run, a good one that ``fresh`` must not touch, or only damaged checkpoints.
     """
-    from platform.runs import CONFIG
+    from platform.runs import CONFIG, step_of
 
     if not (run.path / CONFIG).is_file():
         return 0, None
@@ -104,10 +113,10 @@ def _where(run: Any, cfg: DictConfig, writer: bool) -> tuple[int, Path | None]:
     if checkpoint is not None:
         if cfg.fresh and not requeued:
             raise ValueError(
-                f"fresh=true, but {run.path} holds a run at step {int(checkpoint.name[5:])}, which is not overwritten."
+                f"fresh=true, but {run.path} holds a run at step {step_of(checkpoint)}, which is not overwritten."
                 f" Continue it: leave fresh=true out. Another run beside it: add tag=NAME."
             )
-        return int(checkpoint.name[5:]), checkpoint
+        return step_of(checkpoint), checkpoint
     if run.steps() and not cfg.fresh:
         raise ValueError(
             f"{run.path} has checkpoints of steps {', '.join(map(str, run.steps()))}, but none can be read, so the run"
@@ -143,12 +152,12 @@ def _owed(checkpoint: Path) -> bool:
     return any(isinstance(state, dict) and state.get("validation_owed") for state in meta["callbacks"].values())
 
 
-def _prepare_folder(run: Any, cfg: DictConfig, start: int, checkpoint: Path | None, data: dict[str, Any]) -> None:
+def _prepare_folder(run: Any, cfg: DictConfig, start: int, owed: bool, data: dict[str, Any]) -> None:
     from platform.assemble import world_size
     from platform.runs import CONFIG, provenance
 
     configs.save(cfg, run.path / CONFIG)  # a continued run may differ in what does not shape its result
-    run.truncate_metrics(start, validated=checkpoint is None or not _owed(checkpoint))
+    run.truncate_metrics(start, validated=not owed)
     run.record_attempt(provenance(start, world_size(cfg), data))
 
 

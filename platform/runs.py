@@ -19,6 +19,7 @@ from platform import config as configs
 
 CONFIG, LOCK, EXIT, METRICS, PROVENANCE = "config.yaml", "lock", "exit.json", "metrics.jsonl", "provenance.json"
 CHECKPOINTS, BOARD = "checkpoints", "board"
+OLD = ".old"  # a checkpoint while a newer one of the same step takes its place
 WEIGHTS = "weights.safetensors"
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "lightning", "torchdata", "webdataset", "hydra-core", "numpy", "tensorboard")
@@ -41,12 +42,14 @@ class Run:
 
     def steps(self) -> list[int]:
         """Updates of every finished-looking checkpoint, ascending; unfinished ones (``.tmp``) are left out."""
-        names = [folder.name for folder in self.checkpoints.glob("step-*") if folder.is_dir()]
-        return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+        folders = [folder for folder in self.checkpoints.glob("step-*") if folder.is_dir()]
+        return sorted({step_of(folder) for folder in folders if folder.name[5:].removesuffix(OLD).isdigit()})
 
     def checkpoint(self, step: int) -> Path:
-        """Folder of the checkpoint of one step."""
-        return self.checkpoints / f"step-{step:08d}"
+        """Folder of the checkpoint of one step; the one before it, if a kill came while it was being replaced."""
+        folder = self.checkpoints / f"step-{step:08d}"
+        old = folder.with_name(folder.name + OLD)
+        return old if old.is_dir() and not folder.is_dir() else folder
 
     def latest(self) -> Path | None:
         """Newest checkpoint whose every byte is as it was written; damaged ones are named on the way."""
@@ -145,10 +148,16 @@ class Run:
                 row = json.loads(line)
             except ValueError:
                 continue  # the line the killed process was writing
-            again = row["step"] == step and not validated and not row["tag"].startswith(("train/", "speed/", "health/"))
-            if row["step"] <= step and not again:
+            measured = row.get("validation", False) or row["tag"].startswith("val/")
+            if row["step"] < step or (row["step"] == step and (validated or not measured)):
                 kept.append(line)
         _replace(file, "".join(kept))
+
+    def rows(self, step: int) -> list[dict[str, Any]]:
+        """Rows of ``metrics.jsonl`` that belong to one step."""
+        file = self.path / METRICS
+        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        return [row for row in rows if row["step"] == step]
 
     def record_attempt(self, facts: dict[str, Any]) -> None:
         """Append one attempt to the provenance file: command, commit, versions, machine, where it started.
@@ -201,6 +210,11 @@ def provenance(start: int = 0, world_size: int = 1, data: dict[str, Any] | None 
         "start_step": start,
         "time": time.time(),
     }
+
+
+def step_of(checkpoint: Path) -> int:
+    """Updates done in a checkpoint folder."""
+    return int(checkpoint.name[5:].removesuffix(OLD))
 
 
 def load_module(path: str | Path, weights: str = "ema") -> tuple[Any, Any]:

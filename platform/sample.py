@@ -129,7 +129,7 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     file = out / SETTINGS
-    if file.is_file():
+    if file.is_file() and any(out.glob("seed_*.png")):
         old = json.loads(file.read_text())
         changed = [key for key in request if old.get(key) != request[key]]
         if changed:

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 from lightningmodules.base import GenerativeModule
+from platform.runs import OLD
 
 META = "meta.pt"  # everything that is not a tensor of the model or of an optimiser
 MARKER = "complete.json"  # written last: name, size and checksum of every file
@@ -121,8 +122,9 @@ def commit(aside: Path, final: Path) -> None:
     (aside / MARKER).write_text(json.dumps(marker, indent=1))
     _sync(aside / MARKER)
     _sync(aside)
-    replaced = final.with_name(final.name + ".old")
+    replaced = final.with_name(final.name + OLD)
     if final.exists():  # the same step saved again: at no moment is there neither of the two
+        shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
     os.rename(aside, final)
     _sync(final.parent)

@@ -64,7 +64,12 @@ def read_official(file: Path) -> dict[str, "Tensor"]:
         if file.suffix == ".safetensors":
             return dict(load_file(file))
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds something else than tensors, or is damaged; nothing in it was executed. Expected the"
+            " authors' bare state dict: take their model file, not a training checkpoint, and compare its size."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{file} ({file.stat().st_size:,} bytes) cannot be read as tensors: {reason} Is the copy complete?"

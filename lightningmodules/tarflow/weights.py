@@ -39,10 +39,12 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         The same tensors with the masks, in the order of the official file.
     """
     official: dict[str, Tensor] = {}
+    last = "class_embed" if any(key.endswith("class_embed") for key in state) else "pos_embed"  # then come buffers
     for key, value in state.items():
         official[key] = value
-        if key.endswith("pos_embed"):
-            official[key.replace("pos_embed", "attn_mask")] = _mask(len(value))
+        block, _, name = key.rpartition(".")
+        if name == last:
+            official[f"{block}.attn_mask"] = _mask(len(state[f"{block}.pos_embed"]))
     return official
 
 
@@ -77,7 +79,7 @@ def infer(official: Mapping[str, Tensor], *, in_channels: int | None = None, hea
     if not patch or not side or dims % in_channels:
         raise ValueError(
             f"{tokens} tokens of {dims} values are no square image of {in_channels} channels cut into square patches. "
-            "Say in_channels."
+            "Name an experiment of the same image channels with --as."
         )
     table = official.get("blocks.0.class_embed")
     return {

@@ -115,4 +115,4 @@ def test_only_followed_weights_are_averaged_and_exported(miniature: Miniature) -
     assert names <= exported
     for shadows in room.shadows.values():
         assert {name.replace("/", ".") for name in dict(shadows.named_parameters())} == names
-    assert room.flops_per_sample() > 0
+    assert room.flops_per_sample() >= 0  # 0: unknown

@@ -14,7 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from callbacks.checkpointing import Schedule
+from callbacks.samples import Samples
+from platform import cli, signals
 from platform.runs import METRICS, Run
 
 STEPS = 60
@@ -90,6 +94,16 @@ def logged(run: Run) -> list[tuple[Any, ...]]:
     ]
 
 
+def shown(run: Run) -> dict[str, list[Any]]:
+    """What TensorBoard shows: steps and values of every scalar, steps and bytes of every picture."""
+    board = EventAccumulator(str(run.path / "board"), size_guidance={"scalars": 0, "images": 0})
+    board.Reload()
+    tags = board.Tags()
+    scalars = {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in tags["scalars"]}
+    pictures = {tag: [(e.step, e.encoded_image_string) for e in board.Images(tag)] for tag in tags["images"]}
+    return {tag: seen for tag, seen in {**scalars, **pictures}.items() if not tag.startswith("speed/")}
+
+
 def same(killed: Run, whole: Run) -> None:
     first, second = (tensors(run.checkpoint(STEPS)) for run in (killed, whole))
     assert first.keys() == second.keys()
@@ -98,6 +112,10 @@ def same(killed: Run, whole: Run) -> None:
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     assert logged(killed) == logged(whole)
+    curves, expected = shown(killed), shown(whole)
+    assert curves.keys() == expected.keys()
+    for tag, points in expected.items():
+        assert curves[tag] == points, tag
     pictures = sorted(file.relative_to(whole.path) for file in (whole.path / "samples").rglob("*.png"))
     assert len(pictures) > 3
     for name in pictures:
@@ -136,3 +154,41 @@ def test_killed_run_ends_like_whole_run(whole_runs: Any, tmp_path: Path, devices
     output = finish(tmp_path, devices)
     assert "continuing at step" in output
     same(run, whole)
+
+
+def test_validation_cut_short_twice_leaves_no_trace(
+    whole_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop in the middle of a validation; then a crash between the validation made up for and the next save."""
+    whole = whole_runs(1)
+    command = ["fit", "quickstart", "--tiny", *SETTINGS, f"runs={tmp_path}", "trainer.devices=1"]
+    draw, save, requested = Samples._classes, Schedule._checkpoint, signals.requested
+
+    def interrupted(self: Samples, trainer: Any, module: Any) -> None:
+        if module.updates == 20:
+            monkeypatch.setattr(signals, "requested", lambda: signal.SIGTERM)
+        draw(self, trainer, module)
+
+    monkeypatch.setattr(Samples, "_classes", interrupted)
+    assert cli.main(command) == 75
+    monkeypatch.setattr(Samples, "_classes", draw)
+    monkeypatch.setattr(signals, "requested", requested)
+
+    def crash(self: Schedule, step: int, needed: bool) -> None:
+        raise OSError("the machine is gone")
+
+    monkeypatch.setattr(Schedule, "_checkpoint", crash)
+    assert cli.main(command) == 1
+    monkeypatch.setattr(Schedule, "_checkpoint", save)
+    assert cli.main(command) == 0
+    same(Run(tmp_path / "quickstart-tiny"), whole)
+
+
+def test_checkpoint_being_replaced_is_found(tmp_path: Path) -> None:
+    """A kill between the two renames that put a newer checkpoint of the same step in place of the older."""
+    run = Run(tmp_path)
+    (run.checkpoints / "step-00000007").mkdir(parents=True)
+    (run.checkpoints / "step-00000009.old").mkdir()
+    assert run.steps() == [7, 9]
+    assert run.checkpoint(9).name == "step-00000009.old"
+    assert run.checkpoint(7).name == "step-00000007"

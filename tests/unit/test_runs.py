@@ -18,19 +18,25 @@ def rows(run: Run) -> list[tuple[int, str]]:
 @pytest.fixture
 def logged(tmp_path: Path) -> Run:
     entries = [(4, "train/loss"), (5, "train/loss"), (5, "val/loss"), (5, "metrics/bpd"), (6, "train/loss")]
-    lines = [json.dumps({"step": step, "tag": tag, "value": 1.0}) for step, tag in entries]
+    entries[2:2] = [(5, "health/skipped_steps"), (5, "health/clipped_fraction")]
+    measured = ("health/clipped_fraction", "metrics/bpd")
+    lines = [
+        json.dumps({"step": step, "tag": tag, "value": 1.0} | ({"validation": True} if tag in measured else {}))
+        for step, tag in entries
+    ]
     (tmp_path / METRICS).write_text("\n".join(lines) + '\n{"step": 7, "ta')  # killed while writing the last row
     return Run(tmp_path)
 
 
 def test_rows_after_the_checkpoint_go(logged: Run) -> None:
     logged.truncate_metrics(5, validated=True)
-    assert rows(logged) == [(4, "train/loss"), (5, "train/loss"), (5, "val/loss"), (5, "metrics/bpd")]
+    assert rows(logged)[-2:] == [(5, "val/loss"), (5, "metrics/bpd")]
+    assert len(rows(logged)) == 6
 
 
 def test_rows_of_an_owed_validation_go_too(logged: Run) -> None:
     logged.truncate_metrics(5, validated=False)
-    assert rows(logged) == [(4, "train/loss"), (5, "train/loss")]
+    assert rows(logged) == [(4, "train/loss"), (5, "train/loss"), (5, "health/skipped_steps")]
 
 
 def test_second_writer_is_refused_and_the_lock_released(tmp_path: Path) -> None:
