@@ -135,8 +135,8 @@ def loggers(run: Run, start: int, owed: bool, room: GenerativeModule) -> list[Lo
     So do those of a validation of ``start`` that is owed. TensorBoard forgets whole steps only: what else belongs to
     ``start`` is written again.
     """
-    purge = start + (0 if owed else 1)
-    board = TensorBoardLogger(run.path / BOARD, name="", version="", purge_step=purge if start else None)
+    purge = start if owed or not start else start + 1  # from 0: one was killed before its first checkpoint
+    board = TensorBoardLogger(run.path / BOARD, name="", version="", purge_step=purge)
     if owed and rank_of_process() == 0:
         board.log_metrics({row["tag"]: row["value"] for row in run.rows(start) if row["value"] is not None}, start)
     return [board, JsonlLogger(run.path / METRICS, lambda: room.samples_seen)]
