@@ -55,6 +55,7 @@ class GenerativeModule(L.LightningModule):
         self.micro_batches = self.samples_seen = self.updates = 0
         self.latest: dict[str, float] = {}  # newest logged scalars, for progress lines
         self.active_weights = RAW
+        self._only: str | None = None  # the one kind there is, for weights that came alone
         self._built = self._checked = False
         self._followed: list[tuple[str, nn.Parameter]] = []
         self._terms: dict[str, list[Tensor]] = {}
@@ -226,16 +227,19 @@ class GenerativeModule(L.LightningModule):
     @property
     def weight_kinds(self) -> list[str]:
         """Weights that can be evaluated: ``raw`` and one ``ema<decay>`` per horizon, the preferred one first."""
-        return [RAW, *(f"ema{decay:g}" for decay in self.ema_decays)]
+        return [self._only] if self._only else [RAW, *(f"ema{decay:g}" for decay in self.ema_decays)]
+
+    def hold_only(self, kind: str) -> None:
+        """Say which weights these are: they were loaded alone, and there is nothing to swap them with."""
+        self._only = self.active_weights = kind
 
     def resolve_weights(self, kind: str) -> str:
         """``ema`` means the first horizon (or raw when there is none); other names must exist."""
         if kind == "ema":
-            return f"ema{self.ema_decays[0]:g}" if self.ema_decays else RAW
+            return self._only or (f"ema{self.ema_decays[0]:g}" if self.ema_decays else RAW)
         if kind not in self.weight_kinds:
-            raise ValueError(
-                f"weights={kind!r}: this run has {', '.join(['ema', *self.weight_kinds])}. Type one of them."
-            )
+            known = ", ".join(dict.fromkeys(["ema", *self.weight_kinds]))
+            raise ValueError(f"weights={kind!r}: this run has {known}. Type one of them.")
         return kind
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ from platform.quantities import data_size
 from platform.runs import BOARD, METRICS, Run
 from platform.stopping import StopFlag
 from platform.strategy import Sharded, shard
+from platform.verbs import PROGRAM
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,12 @@ def check_machine(cfg: DictConfig) -> None:
         raise ValueError(
             f"torchrun started {started} processes, but trainer.devices={cfg.trainer.devices} on"
             f" trainer.num_nodes={cfg.trainer.num_nodes} machines wants {world_size(cfg)}. Give both the same number."
+        )
+    tasks, job = os.environ.get("SLURM_NTASKS", "1"), os.environ.get("SLURM_JOB_ID")
+    if SLURMEnvironment.detect() and tasks != "1" and "SLURM_STEP_ID" not in os.environ:
+        raise ValueError(
+            f"Job {job} has {tasks} tasks, but this process was not started by srun and would wait for the others."
+            f" Type srun {PROGRAM} fit ..."
         )
     wanted, devices, precision = cfg.trainer.accelerator, int(cfg.trainer.devices), str(cfg.trainer.precision)
     gpus = torch.cuda.device_count()
@@ -97,10 +104,20 @@ def module(cfg: DictConfig, flag: StopFlag) -> GenerativeModule:
 
 
 def blueprint(cfg: DictConfig) -> GenerativeModule:
-    """The room with its networks on the meta device: shapes and counts without memory."""
+    """The room with its networks on the meta device: shapes and counts without memory.
+
+    Raises:
+        ValueError: a size or an optimiser's setting is out of range.
+    """
     with torch.device("meta"):
         room: GenerativeModule = hydra.utils.instantiate(cfg.module, _convert_="all")
         room.build()
+    try:
+        room._optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
+    except ValueError as error:
+        raise ValueError(
+            f"module.optimizer={cfg.module.optimizer._target_}: {error}. Correct the number there."
+        ) from error
     return room
 
 

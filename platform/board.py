@@ -1,6 +1,7 @@
 """``board``: TensorBoard with the settings that keep every picture."""
 
 import argparse
+import errno
 import os
 import socket
 import sys
@@ -67,6 +68,10 @@ def _is_free(host: str, port: int) -> bool:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT counts as free
         try:
             probe.bind(address)
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ValueError(
+                    f"--host {host} is not an address of this machine. Leave --host out for 127.0.0.1."
+                ) from None
             return False
     return True

@@ -2,6 +2,7 @@
 
 import contextlib
 import dis
+import errno
 import os
 import sys
 import traceback
@@ -28,6 +29,8 @@ def main(argv: Sequence[str]) -> int:
         Exit code: 0 done, 1 bug, 2 user mistake, 75 interrupted and ready to be continued.
     """
     words = list(argv)
+    if not os.environ.get("PLATFORM_CACHE", "unset"):
+        del os.environ["PLATFORM_CACHE"]  # empty means not set, as everywhere
     if STDLIB_WORDS.issuperset(words):  # also without any word
         _answer_as_stdlib()
         if not words:
@@ -87,6 +90,11 @@ def user_mistake(error: BaseException) -> str | None:
     """
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in PACKAGES:
         return f"{error.name} is not installed for {sys.executable}. In the checkout, type: pip install -e ."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"The disk is full{f' ({error.filename})' if error.filename else ''}. What was complete is kept: a"
+            " checkpoint appears under its name only when whole. Free some space and type the same command again."
+        )
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ValueError) and _raised_by_us(cause.__traceback__):

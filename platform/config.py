@@ -18,6 +18,7 @@ from platform.origins import BASE, EXPERIMENTS, Origins, experiments, groups, la
 from platform.overrides import Override
 from platform.settings import is_volatile
 from platform.suggest import closest
+from platform.verbs import PROGRAM
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -151,11 +152,11 @@ def _check_experiment(name: str, folder: Path) -> None:
     if name in names:
         return
     if name == BASE:
-        raise ValueError(f"{name}: holds what every run has, but is no experiment. List them: python -m platform show")
+        raise ValueError(f"{name}: holds what every run has, but is no experiment. List them: {PROGRAM} show")
     meant = closest(Path(name).stem, names)
     raise ValueError(
         f"{name}: no such experiment in {folder.name}/.{f' Did you mean {meant}?' if meant else ''}"
-        f" List them: python -m platform show"
+        f" List them: {PROGRAM} show"
     )
 
 

@@ -11,6 +11,7 @@ from platform.settings import FROM_COMMAND, OPEN, PARTS, SECTIONS, SETTINGS
 from platform.signatures import RESERVED, Argument, Signature, as_yaml
 from platform.suggest import closest, closest_key
 from platform.typecheck import REFUSED, coerce, describe, example
+from platform.verbs import PROGRAM
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -266,11 +267,14 @@ class Draft:
             return ValueError(f"{message} A new _target_ needs its whole mapping: {parent}='{{_target_: ..., ...}}'.")
         change = next((change for change in self.origins.typed if change.key == key), None)
         if meant is None:
-            return ValueError(f"{message} All settings: python -m platform show {self.tree['experiment']}")
+            return ValueError(f"{message} All settings: {PROGRAM} show {self.tree['experiment']}")
         if change is None:
             return ValueError(f"{message} Correct the name there.")
         if meant in self.options:
             return ValueError(f"{message} Type {meant}=CHOICE, one of {', '.join(self.options[meant])}.")
+        if isinstance(block := _raw(self.tree, meant), dict) and change.value is not None:
+            inside = next((name for name in block if not name.startswith("_")), "NAME")
+            return ValueError(f"{message} {meant} is a block of settings: type e.g. {meant}.{inside}=VALUE.")
         plus = f" (no {change.sign!r} is needed)" if change.sign else ""
         return ValueError(f"{message} Type {meant}={change.raw}{plus}.")
 

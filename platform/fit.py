@@ -82,7 +82,8 @@ def _train(
         error = KeyboardInterrupt() if isinstance(raised, SystemExit) and trainer.interrupted else raised
         if writer:
             code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ValueError) else 1
-            run.finish(f"{type(error).__name__}: {error}", code, max(start, room.updates))
+            with contextlib.suppress(OSError):  # a full disk has no room for it
+                run.finish(f"{type(error).__name__}: {error}", code, max(start, room.updates))
         if error is not raised:
             raise error from None
         raise
@@ -103,7 +104,7 @@ def _where(run: Any, cfg: DictConfig, writer: bool) -> tuple[int, Path | None]:
     """
     from platform.runs import CONFIG, step_of
 
-    if not (run.path / CONFIG).is_file():
+    if not (run.path / CONFIG).is_file() or not run.steps():  # without a checkpoint there is nothing to protect
         return 0, None
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     run.check_config(cfg)

@@ -26,6 +26,7 @@ def journal(folder: Path, rank: int) -> Iterator[None]:
     file = logging.FileHandler(folder / (FILE if rank == 0 else f"rank_{rank}.log"), delay=True)
     file.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    setattr(file, "handleError", lambda record: None)  # noqa: B010 - a full disk is told once, elsewhere
     screen = logging.StreamHandler()
     screen.setLevel(logging.WARNING)
     logging.captureWarnings(True)

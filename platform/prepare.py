@@ -21,8 +21,8 @@ def run(args: argparse.Namespace) -> int:
     begin = time.monotonic()
     datamodule = instantiate(cfg.data, _convert_="all")
     datamodule.prepare_data()
-    print(f"data of {args.experiment} ready after {time.monotonic() - begin:.1f} s")
     facts = datamodule.describe()
+    print(f"data of {args.experiment} ready after {time.monotonic() - begin:.1f} s")
     for key, value in facts.items():
         print(f"  {key:<{max(map(len, facts))}}  {value}")
     return 0

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from platform import config as configs
+from platform.verbs import PROGRAM
 
 CONFIG, LOCK, EXIT, METRICS, PROVENANCE = "config.yaml", "lock", "exit.json", "metrics.jsonl", "provenance.json"
-CHECKPOINTS, BOARD = "checkpoints", "board"
+CHECKPOINTS, BOARD, COMMAND = "checkpoints", "board", "command.txt"
 OLD = ".old"  # a checkpoint while a newer one of the same step takes its place
 WEIGHTS = "weights.safetensors"
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +104,14 @@ class Run:
         Raises:
             ValueError: another live process holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / LOCK).touch()
+        except OSError as error:
+            raise ValueError(
+                f"runs={self.path.parent}: {self.path} cannot be written ({error.strerror}). Type runs=FOLDER with a"
+                " folder of yours."
+            ) from None
         with (self.path / LOCK).open("a+") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -170,7 +179,7 @@ class Run:
             facts["diff"] = f"changes_{len(attempts) + 1}.diff"
             _replace(self.path / facts["diff"], changes + "\n")
         _replace(file, json.dumps([*attempts, facts], indent=1))
-        _replace(self.path / "command.txt", " ".join(sys.argv) + "\n")
+        _replace(self.path / COMMAND, f"{PROGRAM} {shlex.join(sys.argv[1:])}\n")
 
     def finish(self, reason: str, code: int, step: int) -> None:
         """Say why this attempt ended."""
@@ -222,7 +231,7 @@ def load_module(path: str | Path, weights: str = "ema") -> tuple[Any, Any]:
 
     Args:
         path: a run folder (its newest good checkpoint is used) or a weights folder made by ``weights``.
-        weights: ``raw``, ``ema`` or ``ema<decay>``; a weights folder holds one kind only, and any name means it.
+        weights: ``raw``, ``ema`` or ``ema<decay>``; a weights folder holds one kind only, which ``ema`` means, too.
 
     Returns:
         The module (CPU, eval mode) and its configuration.
@@ -239,7 +248,7 @@ def load_module(path: str | Path, weights: str = "ema") -> tuple[Any, Any]:
     if not (folder / CONFIG).is_file():
         raise ValueError(
             f"{path}: no {CONFIG} there, so it is neither a run folder nor a weights folder.{_neighbours(folder)}"
-            f" Train one with: python -m platform fit"
+            f" Train one with: {PROGRAM} fit"
         )
     cfg = configs.load(folder / CONFIG)
     module = hydra.utils.instantiate(cfg.module, _convert_="all")
@@ -248,12 +257,17 @@ def load_module(path: str | Path, weights: str = "ema") -> tuple[Any, Any]:
         module.ema_decays = ()
         module.configure_model()
         _fill(module, folder / WEIGHTS)
+        if (folder / PROVENANCE).is_file():
+            facts = json.loads((folder / PROVENANCE).read_text())[-1]
+            module.updates = facts.get("step", 0)
+            module.hold_only(facts.get("weights", module.active_weights))
+        module.resolve_weights(weights)
     else:
         checkpoint = Run(folder).latest()
         if checkpoint is None:
-            raise ValueError(
-                f"{folder} has no usable checkpoint yet. Continue it with: python -m platform fit {cfg.experiment}"
-            )
+            command = folder / COMMAND
+            again = f" Continue it with: {command.read_text().strip()}" if command.is_file() else ""
+            raise ValueError(f"{folder} has no usable checkpoint yet.{again}")
         _load(module, checkpoint, module.resolve_weights(weights))
     return module.eval(), cfg
 
@@ -311,8 +325,11 @@ def _git(root: Path, *words: str) -> str | None:
 
 def _replace(file: Path, text: str) -> None:
     aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with aside.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(aside, file)
+    try:
+        with aside.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)

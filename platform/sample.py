@@ -99,7 +99,9 @@ def _grid(
 
     tiles = [np.atleast_3d(np.asarray(Image.open(_file(out, seed)))) for seed in seeds]
     white = int(cfg.module.codec.get("white", 255))
-    title = f"{cfg.experiment} {weights} seeds {seeds[0]}-{seeds[-1]}"
+    row = list(range(seeds[0], seeds[0] + len(seeds))) == list(seeds)
+    shown = f"{seeds[0]}-{seeds[-1]}" if row else ",".join(map(str, seeds[:8])) + (",..." if len(seeds) > 8 else "")
+    title = f"{cfg.experiment} {weights} seeds {shown}"
     if "guidance" in settings:
         title += f" guidance {settings['guidance']:g}"
     return pictures.write_grid(out / "grid.png", np.stack(tiles).transpose(0, 3, 1, 2), title=title, white=white)
@@ -127,7 +129,10 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
     Raises:
         ValueError: the folder holds samples of another request.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be made ({error.strerror}). Type another --out FOLDER.") from None
     file = out / SETTINGS
     if file.is_file() and any(out.glob("seed_*.png")):
         old = json.loads(file.read_text())

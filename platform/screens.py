@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from lightningmodules.base import GenerativeModule
 from platform.journal import say
 from platform.runs import METRICS, Run
+from platform.verbs import PROGRAM
 
 
 class StartScreen(L.Callback):
@@ -68,7 +69,7 @@ class StartScreen(L.Callback):
             ("run folder", str(self.run.path)),
             ("start", begin),
             ("checkpoint", f"next at step {min(steps, (self.start // every + 1) * every)}"),
-            ("watch", f"python -m platform board {shlex.quote(str(self.run.path.parent))}"),
+            ("watch", f"{PROGRAM} board {shlex.quote(str(self.run.path.parent))}"),
         ]
         return [f"{name:<11} {text}" for name, text in rows]
 
@@ -95,17 +96,17 @@ def end_lines(cfg: DictConfig, run: Run, reason: str, step: int) -> list[str]:
     pictures = sorted((run.path / "samples").glob("step_*"))
     if pictures:
         lines.append(f"pictures     {pictures[-1]}")
-    lines.append(f"checkpoints  {run.checkpoints}")
+    lines.append(f"checkpoint   {run.checkpoint(run.steps()[-1]) if run.steps() else 'none'}")
     if step < int(cfg.trainer.max_steps):
         lines += [
             "next:",
-            f"  {shlex.join(['python', '-m', 'platform', *sys.argv[1:]])}    # the same command continues",
+            f"  {PROGRAM} {shlex.join(sys.argv[1:])}    # the same command continues",
         ]
     else:
         lines.append("next:")
     lines += [
-        f"  python -m platform board {shlex.quote(str(run.path.parent))}",
-        f"  python -m platform sample {folder} --seeds 0-63",
-        f"  python -m platform evaluate {folder}",
+        f"  {PROGRAM} board {shlex.quote(str(run.path.parent))}",
+        f"  {PROGRAM} sample {folder} --seeds 0-63",
+        f"  {PROGRAM} evaluate {folder}",
     ]
     return lines

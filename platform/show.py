@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from platform import config
 from platform.origins import EXPERIMENTS, experiments, read
 from platform.quantities import count, data_size
+from platform.verbs import PROGRAM
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -92,4 +93,4 @@ def _list(console: "Console") -> None:
     for row in catalogue():
         table.add_row(*row)
     console.print(table)
-    console.print("\nOne in full: python -m platform show EXPERIMENT   Train it: python -m platform fit EXPERIMENT")
+    console.print(f"\nOne in full: {PROGRAM} show EXPERIMENT   Train it: {PROGRAM} fit EXPERIMENT")

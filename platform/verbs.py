@@ -4,14 +4,19 @@ Only the standard library is imported here, so that help and mistakes on the com
 """
 
 import argparse
+import os
 import re
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 from platform.suggest import hint
 
-PROGRAM = "python -m platform"
+_STARTED = sys.argv[0].rstrip("/")
+# As it was started: outside the checkout, and without installation, "python -m platform" is the standard library's.
+PROGRAM = f"python {shlex.quote(_STARTED)}" if os.path.basename(_STARTED) == "platform" else "python -m platform"
 DEFAULT_EXPERIMENT = "quickstart"
 Run = Callable[[argparse.Namespace], int]  # the function behind a verb: `platform.<verb>.run`
 

@@ -71,7 +71,7 @@ def read(file: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
-        raise ValueError("there is no such file.")
+        raise ValueError("that is a folder; name the files in it." if file.is_dir() else "there is no such file.")
     size = file.stat().st_size
     try:
         with safe_open(file, framework="pt") as opened:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from platform import config as configs
+from platform.verbs import PROGRAM
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -105,7 +106,7 @@ def _import(file: Path, experiment: str, out: Path) -> None:
     _write(out, tensors, cfg, facts)
     count = sum(value.numel() for value in network.parameters())
     print(f"{file}: {len(state)} tensors, {count:,} parameters, 0 missing, 0 unexpected -> {out}")
-    print(f"next: python -m platform sample {out}")
+    print(f"next: {PROGRAM} sample {out}")
 
 
 def _export(source: str, kind: str, out: Path) -> None:
@@ -117,7 +118,7 @@ def _export(source: str, kind: str, out: Path) -> None:
     facts = {"exported": str(source), "weights": module.active_weights, "step": module.updates, "command": sys.argv}
     _write(out, tensors, cfg, facts)
     print(f"{source} at step {module.updates}, weights {module.active_weights}: {len(tensors)} tensors -> {out}")
-    print(f"next: python -m platform sample {out}")
+    print(f"next: {PROGRAM} sample {out}")
 
 
 def _export_official(source: str, kind: str, out: Path) -> None:
@@ -177,7 +178,10 @@ def _write(out: Path, tensors: Mapping[str, "Tensor"], cfg: "DictConfig", facts:
 
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be made ({error.strerror}). Type another --out FOLDER.") from None
     try:
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
         save_file(dict(tensors), aside / WEIGHTS, metadata={"format": "pt", **texts})

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,16 +53,21 @@ class TarFlow(GenerativeModule):
         schedule: Callable[[int, int], float] | None = None,
         ema_decays: Sequence[float] = (),
         noise_std: float = 0.05,
-        noise_type: str = "gaussian",
+        noise_type: Literal["gaussian", "uniform"] = "gaussian",
         label_drop: float = 0.1,
     ) -> None:
         super().__init__(codec=codec, optimizer=optimizer, schedule=schedule, ema_decays=ema_decays)
         if noise_type not in ("gaussian", "uniform"):
             raise ValueError(f"module.noise_type={noise_type!r}: expected gaussian (samples) or uniform (likelihoods).")
-        if noise_std < 0 or not 0 <= label_drop <= 1:
+        if noise_std < 0:
             raise ValueError(
-                f"module.noise_std={noise_std} must be >= 0 and module.label_drop={label_drop} in 0..1. "
-                f"The paper's values are 0.05 (64 pixels) and 0.1."
+                f"module.noise_std={noise_std}: expected >= 0, in units where pixels span -1..1."
+                " Type e.g. module.noise_std=0.05, the paper's value for 64 pixels."
+            )
+        if not 0 <= label_drop <= 1:
+            raise ValueError(
+                f"module.label_drop={label_drop}: expected a probability, 0..1."
+                " Type e.g. module.label_drop=0.1, the paper's value."
             )
         self._net, self.noise_std, self.noise_type, self.label_drop = net, noise_std, noise_type, label_drop
         self.num_classes = int(getattr(net, "keywords", {}).get("num_classes", 0))

@@ -209,6 +209,15 @@ class TarFlowNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        sizes = {"patch_size": patch_size, "channels": channels, "num_blocks": num_blocks, "head_dim": head_dim}
+        sizes |= {"layers_per_block": layers_per_block, "expansion": expansion, "in_channels": in_channels}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"module.net.{name}={size}: expected a whole number >= 1.")
+        if num_classes < 0:
+            raise ValueError(f"module.net.num_classes={num_classes}: expected >= 0; 0 is a model without classes.")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"module.net.dropout={dropout}: expected 0 <= dropout < 1. The paper uses 0.")
         if img_size % patch_size or img_size == patch_size:
             raise ValueError(
                 f"An image of {img_size} pixels cannot be cut into two or more patches of {patch_size} pixels a side. "

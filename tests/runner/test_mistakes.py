@@ -3,6 +3,7 @@
 Mistakes in configuration files and in data have tests of their own beside this one; here are those around a run.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -256,3 +257,81 @@ def test_complete_run_is_left_alone(runs: Path, answer: Ask) -> None:
     before = contents(runs)
     assert answer.fit(runs).code == 0
     assert contents(runs) == before
+
+
+def test_failed_first_attempt_does_not_hold_the_folder(tmp_path: Path, answer: Ask) -> None:
+    def lost(*_: object) -> None:
+        raise RuntimeError("the machine is gone")
+
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr("platform.strategy.Sharded.save_checkpoint", lost)
+        assert cli.main(["fit", "quickstart", "--tiny", *QUICK, f"runs={tmp_path}", "module.noise_std=0.3"]) == 1
+    assert (tmp_path / "quickstart-tiny" / "config.yaml").is_file()
+    assert answer.fit(tmp_path).code == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("module.net.channels=-32", "module.net.channels=-32: expected a whole number >= 1.\n"),
+        ("module.net.num_blocks=0", "module.net.num_blocks=0: expected a whole number >= 1.\n"),
+        ("module.net.num_classes=-1", "module.net.num_classes=-1: expected >= 0; 0 is a model without classes.\n"),
+        ("module.net.dropout=2", "module.net.dropout=2.0: expected 0 <= dropout < 1. The paper uses 0.\n"),
+        (
+            "module.label_drop=1.5",
+            "module.label_drop=1.5: expected a probability, 0..1. Type e.g. module.label_drop=0.1, the paper's"
+            " value.\n",
+        ),
+        (
+            "module.optimizer.lr=-1",
+            "module.optimizer=torch.optim.AdamW: Invalid learning rate: -1.0. Correct the number there.\n",
+        ),
+    ],
+)
+def test_values_out_of_range(tmp_path: Path, answer: Ask, typed: str, message: str) -> None:
+    assert answer.fit(tmp_path, typed) == (2, message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_disk_full_while_writing_logs(tmp_path: Path, answer: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("callbacks.records.JsonlLogger.write", full)
+    assert answer.fit(tmp_path, "trainer.log_every=1") == (
+        2,
+        "The disk is full. What was complete is kept: a checkpoint appears under its name only when whole. Free some"
+        " space and type the same command again.\n",
+    )
+
+
+def test_folders_that_cannot_be_made(finished: Path, tmp_path: Path, answer: Ask) -> None:
+    (tmp_path / "file").write_text("mine")
+    place = tmp_path / "file" / "x"
+    assert answer.fit(place) == (
+        2,
+        f"runs={place}: {place}/quickstart-tiny cannot be written (Not a directory). Type runs=FOLDER with a folder of"
+        " yours.\n",
+    )
+    refused = (2, f"--out {place} cannot be made (Not a directory). Type another --out FOLDER.\n")
+    assert answer("sample", str(finished / "quickstart-tiny"), "--out", str(place)) == refused
+    assert answer("weights", "export", str(finished / "quickstart-tiny"), "--out", str(place)) == refused
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_refused_samples_do_not_hold_their_folder(finished: Path, tmp_path: Path, answer: Ask) -> None:
+    words = ["sample", str(finished / "quickstart-tiny"), "--seeds", "0-1", "--out", str(tmp_path)]
+    assert answer(*words, "guide_what=c").code == 2
+    assert answer(*words, "guide_what=a").code == 0
+
+
+def test_exported_weights_say_what_they_are(finished: Path, tmp_path: Path, answer: Ask) -> None:
+    out = tmp_path / "w"
+    assert answer("weights", "export", str(finished / "quickstart-tiny"), "--out", str(out)).code == 0
+    assert answer("sample", str(out), "--seeds", "0").code == 0
+    made = [str(folder.relative_to(out)) for folder in out.glob("sampled/*/*") if folder.is_dir()]
+    assert made == ["sampled/step_000000002/ema0.998_guidance-1.0"]
+    assert answer("sample", str(out), "--weights", "raw") == (
+        2,
+        "weights='raw': this run has ema, ema0.998. Type one of them.\n",
+    )
