@@ -23,6 +23,7 @@ CONFIG, LOCK, EXIT, METRICS, PROVENANCE = "config.yaml", "lock", "exit.json", "m
 CHECKPOINTS, BOARD, COMMAND = "checkpoints", "board", "command.txt"
 OLD = ".old"  # a checkpoint while a newer one of the same step takes its place
 WEIGHTS = "weights.safetensors"
+DRIVER = Path("/proc/driver/nvidia/version")
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "lightning", "torchdata", "webdataset", "hydra-core", "numpy", "tensorboard")
 
@@ -213,6 +214,7 @@ def provenance(start: int = 0, world_size: int = 1, data: dict[str, Any] | None 
         "host": socket.gethostname(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
+        "driver": DRIVER.read_text().splitlines()[0] if DRIVER.is_file() else None,
         "data": data,
         "slurm": {key: value for key, value in os.environ.items() if key.startswith("SLURM_JOB")},
         "world_size": world_size,

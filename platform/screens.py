@@ -44,6 +44,12 @@ class StartScreen(L.Callback):
         batch = int(cfg.data.batch_size)
         steps = int(trainer.max_steps)
         dtype = "bfloat16" if "bf16" in str(cfg.trainer.precision) else "float32"
+        frozen = sum(
+            value.numel()
+            for name, value in module.named_parameters()
+            if not value.requires_grad and not name.startswith("shadows.")
+        )
+        epochs = f", {steps * batch / facts['samples']:.3g} epochs" if facts.get("samples") else ""
         averages = ", ".join(f"{decay:g}" for decay in module.ema_decays) or "none"
         begin = "fresh" if not self.start else f"continuing at step {self.start} ({module.samples_seen} samples)"
         begin += f", next sample {trainer.datamodule.next_key}"  # type: ignore[attr-defined]
@@ -54,7 +60,10 @@ class StartScreen(L.Callback):
                 "experiment",
                 f"{cfg.experiment}{' (tiny)' if cfg.tiny_run else ''}: {cfg.about}{f' [{paper}]' if paper else ''}",
             ),
-            ("parameters", f"{trained:,} trainable, {followed:,} followed by averages with decay {averages}"),
+            (
+                "parameters",
+                f"{trained:,} trainable, {frozen:,} frozen, {followed:,} followed by averages with decay {averages}",
+            ),
             (
                 "data",
                 ", ".join(
@@ -62,8 +71,11 @@ class StartScreen(L.Callback):
                 ),
             ),
             ("batch", f"{batch} = {batch // (accumulation * world)} x {accumulation} micro-batches x {world} ranks"),
-            ("length", f"{steps:,} steps, {steps * batch:,} samples"),
-            ("dtypes", f"weights, optimiser, averages float32; networks compute in {dtype}"),
+            ("length", f"{steps:,} steps, {steps * batch:,} samples{epochs}"),
+            (
+                "dtypes",
+                f"weights, gradients, their sum over ranks, optimiser, averages float32; networks compute in {dtype}",
+            ),
             ("devices", f"{world} x {module.device} on {socket.gethostname()}, {os.cpu_count()} CPU cores"),
             ("strategy", "FSDP2, one shard per rank" if world > 1 else "one process, unsharded"),
             ("run folder", str(self.run.path)),
@@ -81,6 +93,19 @@ def newest(run: Run) -> dict[str, dict[str, Any]]:
     return {row["tag"]: row for row in rows}
 
 
+def best(run: Run) -> dict[str, dict[str, Any]]:
+    """The row of the lowest value of every distance, bits per dimension and validation loss."""
+    file, found = run.path / METRICS, dict[str, dict[str, Any]]()
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        row = json.loads(line)
+        tag, value = row["tag"], row["value"]
+        if value is None or not tag.startswith(("metrics/f", "metrics/bpd", "val/loss")):
+            continue
+        if tag not in found or value <= found[tag]["value"]:
+            found[tag] = row
+    return found
+
+
 def number(value: float | None) -> str:
     """A metric for people; rows hold null for what is not finite."""
     return "not finite" if value is None else f"{value:.4f}"
@@ -88,11 +113,14 @@ def number(value: float | None) -> str:
 
 def end_lines(cfg: DictConfig, run: Run, reason: str, step: int) -> list[str]:
     """The last screen: numbers reached, where things are, what to type next."""
-    rows = newest(run)
-    numbers = [row for tag, row in rows.items() if tag.startswith("metrics/") or tag == "val/loss"]
+    numbers = [row for tag, row in newest(run).items() if tag.startswith("metrics/") or tag == "val/loss"]
+    lowest = best(run)
     folder = shlex.quote(str(run.path))
     lines = ["", f"{reason} at step {step} of {int(cfg.trainer.max_steps)}"]
-    lines += [f"  {row['tag']:<34} {number(row['value'])}   (step {row['step']})" for row in numbers]
+    for row in numbers:
+        low = lowest.get(row["tag"], row)
+        earlier = f"; best {number(low['value'])} at step {low['step']}" if low["step"] != row["step"] else ""
+        lines.append(f"  {row['tag']:<34} {number(row['value'])}   (step {row['step']}{earlier})")
     pictures = sorted((run.path / "samples").glob("step_*"))
     if pictures:
         lines.append(f"pictures     {pictures[-1]}")
