@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from callbacks.checkpointing import Schedule
 from callbacks.records import JsonlLogger
 from lightningmodules.base import GenerativeModule
 from platform import signals
+from platform.cli import DISK_FULL
 from platform.journal import rank_of_process
 from platform.quantities import data_size
 from platform.runs import BOARD, METRICS, Run
@@ -260,8 +262,15 @@ def _own_signals(trainer: L.Trainer) -> None:
     signals.install()
 
 
+def _say_unless_disk_full(raised: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread; a full disk is told once, by the main thread."""
+    if not (isinstance(raised.exc_value, OSError) and raised.exc_value.errno in DISK_FULL):
+        threading.__excepthook__(raised)
+
+
 def quiet() -> None:
     """Silence Lightning's notices about choices made here on purpose; warnings of ours and of torch stay."""
+    threading.excepthook = _say_unless_disk_full
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     for text in (

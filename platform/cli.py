@@ -13,6 +13,7 @@ from platform import verbs
 from platform.journal import rank_of_process
 from platform.suggest import hint
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 75
 STDLIB_WORDS = frozenset({"terse", "--terse", "nonaliased", "--nonaliased"})
 PACKAGES = ("platform", "datamodules", "lightningmodules", "callbacks", "experiments")
@@ -90,7 +91,7 @@ def user_mistake(error: BaseException) -> str | None:
     """
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in PACKAGES:
         return f"{error.name} is not installed for {sys.executable}. In the checkout, type: pip install -e ."
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         return (
             f"The disk is full{f' ({error.filename})' if error.filename else ''}. What was complete is kept: a"
             " checkpoint appears under its name only when whole. Free some space and type the same command again."
