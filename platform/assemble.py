@@ -243,6 +243,9 @@ def _save(trainer: L.Trainer, run: Run, path: Path, needed: int) -> bool:
                 kept.name if kept else "none",
             )
         return False
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.flush()  # no checkpoint is ahead of its logs
     trainer.save_checkpoint(path)
     return True
 
