@@ -157,7 +157,8 @@ def loggers(run: Run, start: int, owed: bool, room: GenerativeModule) -> list[Lo
     purge = start if owed or not start else start + 1  # from 0: one was killed before its first checkpoint
     board = TensorBoardLogger(run.path / BOARD, name="", version="", purge_step=purge)
     if owed and rank_of_process() == 0:
-        board.log_metrics({row["tag"]: row["value"] for row in run.rows(start) if row["value"] is not None}, start)
+        rows = [row for row in run.rows() if row["step"] == start and row["value"] is not None]
+        board.log_metrics({row["tag"]: row["value"] for row in rows}, start)
     return [board, JsonlLogger(run.path / METRICS, lambda: room.samples_seen)]
 
 

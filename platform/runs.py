@@ -163,11 +163,10 @@ class Run:
                 kept.append(line)
         _replace(file, "".join(kept))
 
-    def rows(self, step: int) -> list[dict[str, Any]]:
-        """Rows of ``metrics.jsonl`` that belong to one step."""
+    def rows(self) -> list[dict[str, Any]]:
+        """Everything in ``metrics.jsonl``, oldest first; none before the first row."""
         file = self.path / METRICS
-        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        return [row for row in rows if row["step"] == step]
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
     def record_attempt(self, facts: dict[str, Any]) -> None:
         """Append one attempt to the provenance file: command, commit, versions, machine, where it started.
@@ -221,6 +220,18 @@ def provenance(start: int = 0, world_size: int = 1, data: dict[str, Any] | None 
         "start_step": start,
         "time": time.time(),
     }
+
+
+def make_out(folder: Path) -> None:
+    """Create the folder that ``--out`` names.
+
+    Raises:
+        ValueError: it cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be made ({error.strerror}). Type another --out FOLDER.") from None
 
 
 def step_of(checkpoint: Path) -> int:

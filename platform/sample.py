@@ -129,10 +129,9 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
     Raises:
         ValueError: the folder holds samples of another request.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be made ({error.strerror}). Type another --out FOLDER.") from None
+    from platform.runs import make_out
+
+    make_out(out)
     file = out / SETTINGS
     if file.is_file() and any(out.glob("seed_*.png")):
         old = json.loads(file.read_text())

@@ -1,10 +1,10 @@
 """What a person reads when a run starts and when it ends."""
 
-import json
 import os
 import shlex
 import socket
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from lightningmodules.base import GenerativeModule
 from platform.journal import say
-from platform.runs import METRICS, Run
+from platform.runs import Run
 from platform.verbs import PROGRAM
 
 
@@ -86,18 +86,10 @@ class StartScreen(L.Callback):
         return [f"{name:<11} {text}" for name, text in rows]
 
 
-def newest(run: Run) -> dict[str, dict[str, Any]]:
-    """The last row of every tag in metrics.jsonl."""
-    file = run.path / METRICS
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return {row["tag"]: row for row in rows}
-
-
-def best(run: Run) -> dict[str, dict[str, Any]]:
-    """The row of the lowest value of every distance, bits per dimension and validation loss."""
-    file, found = run.path / METRICS, dict[str, dict[str, Any]]()
-    for line in file.read_text().splitlines() if file.is_file() else []:
-        row = json.loads(line)
+def best(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The row of the lowest value of every distance, bits per dimension and validation loss, by tag."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
         tag, value = row["tag"], row["value"]
         if value is None or not tag.startswith(("metrics/f", "metrics/bpd", "val/loss")):
             continue
@@ -113,8 +105,10 @@ def number(value: float | None) -> str:
 
 def end_lines(cfg: DictConfig, run: Run, reason: str, step: int) -> list[str]:
     """The last screen: numbers reached, where things are, what to type next."""
-    numbers = [row for tag, row in newest(run).items() if tag.startswith("metrics/") or tag == "val/loss"]
-    lowest = best(run)
+    rows = run.rows()
+    newest = {row["tag"]: row for row in rows}
+    numbers = [row for tag, row in newest.items() if tag.startswith("metrics/") or tag == "val/loss"]
+    lowest = best(rows)
     folder = shlex.quote(str(run.path))
     lines = ["", f"{reason} at step {step} of {int(cfg.trainer.max_steps)}"]
     for row in numbers:

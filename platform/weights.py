@@ -174,14 +174,12 @@ def _write(out: Path, tensors: Mapping[str, "Tensor"], cfg: "DictConfig", facts:
     """Write the weights folder aside and give it its name in one step."""
     from safetensors.torch import save_file
 
-    from platform.runs import CONFIG, PROVENANCE, WEIGHTS, provenance
+    from platform.runs import CONFIG, PROVENANCE, WEIGHTS, make_out, provenance
 
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be made ({error.strerror}). Type another --out FOLDER.") from None
+    make_out(out)
+    aside.mkdir()
     try:
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
         save_file(dict(tensors), aside / WEIGHTS, metadata={"format": "pt", **texts})

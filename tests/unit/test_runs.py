@@ -41,13 +41,12 @@ def test_rows_of_an_owed_validation_go_too(logged: Run) -> None:
 
 
 def test_best_value_of_a_distance_is_its_lowest(tmp_path: Path) -> None:
-    rows = [("metrics/fd_digits", step, value) for step, value in ((2, 0.4), (4, 0.2), (6, 0.3), (8, None))]
-    rows += [("metrics/recall_digits", 2, 0.5)]
-    lines = [json.dumps({"step": step, "tag": tag, "value": value}) for tag, step, value in rows]
+    points = [("metrics/fd_digits", step, value) for step, value in ((2, 0.4), (4, 0.2), (6, 0.3), (8, None))]
+    points += [("metrics/recall_digits", 2, 0.5)]
+    lines = [json.dumps({"step": step, "tag": tag, "value": value}) for tag, step, value in points]
     (tmp_path / METRICS).write_text("\n".join(lines))
-    assert {tag: (row["step"], row["value"]) for tag, row in best(Run(tmp_path)).items()} == {
-        "metrics/fd_digits": (4, 0.2)
-    }
+    lowest = best(Run(tmp_path).rows())
+    assert {tag: (row["step"], row["value"]) for tag, row in lowest.items()} == {"metrics/fd_digits": (4, 0.2)}
 
 
 def test_second_writer_is_refused_and_the_lock_released(tmp_path: Path) -> None:
