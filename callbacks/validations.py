@@ -22,14 +22,14 @@ class AtValidations(L.Callback):
         """Do what is due.
 
         Returns:
-            False when given up because a stop was asked for; nothing may be logged then.
+            False when given up because a stop was asked for; rows written so far are dropped when the run continues.
         """
         raise TypeError(f"{type(self).__name__} must define at_validation().")
 
     def due(self, trainer: L.Trainer, module: GenerativeModule, every: int) -> bool:
-        """Whether it is the turn of what happens at every n-th validation and at the last; 0 means never.
+        """Whether it is the turn of what happens at every n-th validation, at the last and outside ``fit``.
 
-        Outside ``fit`` it always is.
+        0 means never.
         """
         last = trainer.state.fn != "fit" or module.updates >= trainer.max_steps
         return bool(every) and (last or self._shown % every == 0)

@@ -51,7 +51,8 @@ def lightning(folder):
 
 
 def main(argv):
-    print(json.dumps(globals()[argv[0]](*argv[1:])))
+    line = json.dumps(globals()[argv[0]](*argv[1:]))
+    os.write(1, f"{line}\\n".encode())  # in one piece: torchrun's children write to the same pipe without a buffer
     return 0
 '''
 
