@@ -136,6 +136,32 @@ def picture(trainer: L.Trainer, tag: str, image: bytes | np.ndarray) -> Path | N
     return path
 
 
+def text(trainer: L.Trainer, tag: str, markdown: str, plain: str, kind: str) -> None:
+    """Log a text: to TensorBoard as markdown, and as a file ``<run>/samples/step_000001200/ema_g1.0.jsonl``.
+
+    Args:
+        trainer: its module gives the step, its loggers take the text.
+        tag: for example ``samples/ema/g1.0``.
+        markdown: what TensorBoard shows.
+        plain: content of the file.
+        kind: the file's extension.
+    """
+    if not trainer.is_global_zero:
+        return
+    module = trainer.lightning_module
+    assert isinstance(module, GenerativeModule)
+    path = picture_path(trainer, tag, module.updates)
+    path = path.with_name(f"{path.name.removesuffix('.png')}.{kind}")  # a tag may hold dots
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(plain, encoding="utf-8")
+    os.replace(aside, path)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(tag, markdown, module.updates)
+            _flush(logger)
+
+
 def picture_path(trainer: L.Trainer, tag: str, step: int) -> Path:
     """File of a picture; the tag's group ``samples/`` is the folder, further slashes become underscores."""
     name = tag.removeprefix(f"{SAMPLES_FOLDER}/").replace("/", "_")

@@ -1,6 +1,7 @@
 """How callbacks ask a room for samples: work is cut into equal chunks."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,6 +52,25 @@ def condition_for(module: GenerativeModule, labels: Sequence[int]) -> Condition 
     if not module.num_classes:
         return None
     return Condition(label=torch.tensor(list(labels), dtype=torch.int64)).to(module.device)
+
+
+def prompted(module: GenerativeModule, condition: Condition | None, prompt: str, rows: int = 1) -> Condition:
+    """The condition with a text that every sample begins with.
+
+    Args:
+        module: the room; its codec holds the tokenizer.
+        condition: what the samples are conditioned on besides, ``rows`` of it, or None.
+        prompt: the text.
+        rows: number of samples.
+
+    Raises:
+        ValueError: the model does not draw text, or the tokenizer cannot write the prompt.
+    """
+    tokenizer = getattr(module.codec, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(f"prompt {prompt!r}: this model does not draw text. Leave the prompt out.")
+    tokens = torch.as_tensor(tokenizer.encode(prompt), dtype=torch.int64, device=module.device)
+    return replace(condition or Condition(), prompt=tokens.expand(rows, -1))
 
 
 def shares(count: int, rank: int, world: int, chunk: int) -> Iterator[tuple[list[int], int]]:

@@ -1,22 +1,18 @@
 """From positions to batches of images: read, decode, label, flip, and account for what cannot be read."""
 
-import logging
-import threading
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from datamodules.bad import BadSamples
 from datamodules.loader import Buffers
 from datamodules.order import Ints, Lookup, sample_bits
 from datamodules.shards import BadSample, Source
 from datamodules.transforms import IMAGE_EXTENSIONS, Pixels, decode_into
 
-log = logging.getLogger(__name__)
-
 Batch = dict[str, Any]
-
-_MAX_BAD_IN_A_ROW = 100
 
 
 class ImageReader:
@@ -25,12 +21,12 @@ class ImageReader:
     Args:
         source: the samples.
         order: which sample stands at a position.
+        bad: account of unreadable samples.
         size: height and width of the batch's images in pixels.
         channels: 1 (grey) or 3 (RGB).
         num_classes: labels must lie in 0..num_classes-1; 0 leaves labels out of the batch.
         label_offset: added to every stored class.
         flip_seed: seed of the random horizontal flip; None for no flip.
-        max_bad_fraction: share of the set that may be unreadable before the reader stops.
         buffers: how many image buffers are kept for reuse.
     """
 
@@ -38,13 +34,13 @@ class ImageReader:
         self,
         source: Source,
         order: Lookup,
+        bad: BadSamples,
         *,
         size: int,
         channels: int,
         num_classes: int,
         label_offset: int = 0,
         flip_seed: int | None = None,
-        max_bad_fraction: float = 0.0,
         buffers: int = 8,
     ) -> None:
         self.source = source
@@ -54,16 +50,8 @@ class ImageReader:
         self.num_classes = num_classes
         self.label_offset = label_offset
         self.flip_seed = flip_seed
-        self.max_bad_fraction = max_bad_fraction
-        self.total = int(source.counts.sum())
         self._buffers = Buffers(buffers)
-        self._bad: set[int] = set()
-        self._lock = threading.Lock()
-
-    @property
-    def bad_samples(self) -> int:
-        """Number of different samples found unreadable so far in this process."""
-        return len(self._bad)
+        self._bad = bad
 
     def __call__(self, positions: Ints) -> Batch:
         """Read one batch.
@@ -73,7 +61,7 @@ class ImageReader:
 
         Returns:
             "image": uint8 (B, C, H, W), a channels-last view; "label": int64 (B,) if there are classes; "key": B
-            strings. Where a sample cannot be read and ``max_bad_fraction`` allows it, the next readable one in the
+            strings. Where a sample cannot be read and ``data.max_bad_fraction`` allows it, the next readable one in the
             order stands in its place, whatever the number of ranks or workers.
 
         Raises:
@@ -86,8 +74,9 @@ class ImageReader:
             try:
                 labels[row] = self._read(int(samples[row]), pixels[row])
             except BadSample as error:
-                self._count_bad(int(samples[row]), error)
-                samples[row], labels[row] = self._replacement(int(position), pixels[row])
+                self._bad.add(int(samples[row]), error)
+                read = partial(self._read, out=pixels[row])
+                samples[row], labels[row] = self._bad.replacement(int(position), self.order, read)
         if self.flip_seed is not None:
             mirrored = (sample_bits(self.flip_seed, epochs, samples) & np.uint64(1)).astype(bool)
             pixels[mirrored] = pixels[mirrored, :, ::-1]
@@ -125,29 +114,6 @@ class ImageReader:
                 advice="Correct data.label_offset or data.num_classes.",
             )
         return label
-
-    def _replacement(self, position: int, out: Pixels) -> tuple[int, int]:
-        """The next readable sample behind a position, and its label."""
-        for following in range(position + 1, position + 1 + _MAX_BAD_IN_A_ROW):
-            sample = int(self.order(np.array([following]))[1][0])
-            try:
-                return sample, self._read(sample, out)
-            except BadSample as error:
-                self._count_bad(sample, error)
-        raise ValueError(f"{_MAX_BAD_IN_A_ROW} unreadable samples in a row; the last messages of the log name them.")
-
-    def _count_bad(self, sample: int, error: BadSample) -> None:
-        """Note an unreadable sample; stop when there are too many of them."""
-        with self._lock:
-            new = sample not in self._bad
-            self._bad.add(sample)
-            count = len(self._bad)
-        if count > self.max_bad_fraction * self.total:
-            allowed = f"data.max_bad_fraction={self.max_bad_fraction:g}"
-            so_far = f" Bad samples so far: {count} of {self.total}; training stops above {allowed}."
-            raise ValueError(f"{error}. {error.advice}{so_far if self.max_bad_fraction else ''}") from error
-        if new:
-            log.warning("skipped: %s (%d bad samples so far)", error, count)
 
     def _place(self, sample: int) -> str:
         return f"{self.source.shard(sample)}, sample {self.source.key(sample)}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torchdata.nodes import IterableWrapper, ParallelMapper
 
 P = TypeVar("P")
@@ -65,27 +65,36 @@ class SizedLoader(Loader[P, B]):
 
 
 class Buffers:
-    """Recycled uint8 arrays: one comes back by itself when the last tensor or array over it is gone.
+    """Recycled arrays: one comes back by itself when the last tensor or array over it is gone.
 
     Writing to fresh memory costs ten times as much as to recycled memory, because of the page faults.
+
+    Args:
+        limit: how many free arrays of one shape and type are kept.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._free: dict[tuple[int, ...], list[NDArray[np.uint8]]] = {}
+        self._free: dict[tuple[tuple[int, ...], np.dtype[Any]], list[NDArray[Any]]] = {}
 
-    def take(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """A contiguous array with arbitrary content that nobody else holds."""
+    def take(self, shape: tuple[int, ...], dtype: DTypeLike = np.uint8) -> NDArray[Any]:
+        """A contiguous array with arbitrary content that nobody else holds.
+
+        Args:
+            shape: its shape.
+            dtype: its type.
+        """
+        kind = np.dtype(dtype)
         try:
-            memory = self._free.get(shape, []).pop()
+            memory = self._free.get((shape, kind), []).pop()
         except IndexError:
-            memory = np.empty(shape, dtype=np.uint8)
+            memory = np.empty(shape, dtype=kind)
         view = memory.view()
         weakref.finalize(view, self._give_back, memory).atexit = False
         return view
 
-    def _give_back(self, memory: NDArray[np.uint8]) -> None:
-        free = self._free.setdefault(memory.shape, [])
+    def _give_back(self, memory: NDArray[Any]) -> None:
+        free = self._free.setdefault((memory.shape, memory.dtype), [])
         if len(free) < self._limit:
             free.append(memory)
 

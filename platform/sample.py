@@ -1,6 +1,7 @@
-"""``sample``: pictures from a run or from a weights folder, one file per seed and a grid."""
+"""``sample``: pictures or texts from a run or from a weights folder, one file per seed and one of all."""
 
 import argparse
+import hashlib
 import json
 import os
 import time
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 from platform import config as configs
 
 SETTINGS = "settings.json"
+PICTURE, TEXT = ".png", ".txt"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -20,7 +22,8 @@ def run(args: argparse.Namespace) -> int:
 
     Args:
         args: ``run`` (folder), ``overrides`` (``key=value`` sampling settings), ``seeds`` (list of int), ``label``
-            (int or None), ``weights``, ``out`` (folder or None), ``batch`` (samples at a time), ``grid``.
+            (int or None), ``prompt`` (text or None), ``weights``, ``out`` (folder or None), ``batch`` (samples at a
+            time), ``grid``.
 
     Returns:
         0.
@@ -30,11 +33,14 @@ def run(args: argparse.Namespace) -> int:
     module, cfg = load_module(args.run, args.weights or "ema")
     settings = configs.check_sampling(cfg, args.overrides)
     labels = _labels(module, args.seeds, args.label)
+    if args.prompt is not None:
+        _check_prompt(module, args.prompt)
     request = {
         "run": str(args.run),
         "step": module.updates,
         "weights": module.active_weights,
         "label": args.label,
+        **({} if args.prompt is None else {"prompt": args.prompt}),
         "settings": settings,
     }
     out = Path(args.out) if args.out else _default_folder(Path(args.run), request)
@@ -45,11 +51,16 @@ def run(args: argparse.Namespace) -> int:
     module.to(_device())
     begin = time.monotonic()
     for first in range(0, len(todo), args.batch):
-        _write(module, out, todo[first : first + args.batch], labels, settings)
+        _write(module, out, todo[first : first + args.batch], labels, args.prompt, settings)
     if todo:
         seconds = time.monotonic() - begin
-        print(f"{len(todo)} samples in {seconds:.1f} s ({seconds / len(todo):.3f} s each), one PNG per seed in {out}")
-    if args.grid:
+        kind = _file(out, todo[0]).suffix[1:]
+        print(
+            f"{len(todo)} samples in {seconds:.1f} s ({seconds / len(todo):.3f} s each), one {kind} per seed in {out}"
+        )
+    if args.grid and _file(out, args.seeds[0]).suffix == TEXT:
+        print(f"all of them: {_list(out, args.seeds)}")
+    elif args.grid:
         print(f"grid: {_grid(out, cfg, args.seeds, labels, module.active_weights, settings)}")
     return 0
 
@@ -67,21 +78,52 @@ def _labels(module: Any, seeds: Sequence[int], label: int | None) -> dict[int, i
     return {seed: seed % module.num_classes if label is None else label for seed in seeds}
 
 
-def _write(module: Any, out: Path, seeds: list[int], labels: dict[int, int] | None, settings: dict[str, Any]) -> None:
+def _check_prompt(module: Any, prompt: str) -> None:
+    from callbacks.sampling import prompted
+
+    tokens = prompted(module, None, prompt).prompt
+    length = 0 if tokens is None else tokens.shape[1]
+    if length >= module.codec.shape[0]:
+        raise ValueError(
+            f"--prompt has {length} tokens, and a sample of this model has {module.codec.shape[0]}. Type a shorter one."
+        )
+
+
+def _write(
+    module: Any,
+    out: Path,
+    seeds: list[int],
+    labels: dict[int, int] | None,
+    prompt: str | None,
+    settings: dict[str, Any],
+) -> None:
     import torch
     from PIL import Image
 
-    from lightningmodules.shared.conditioning import Condition
+    from callbacks.sampling import condition_for, prompted
 
-    condition = None
-    if labels is not None:
-        condition = Condition(label=torch.tensor([labels[seed] for seed in seeds], device=module.device))
-    pictures = module.generate(seeds, condition, **settings).cpu().numpy()
-    for seed, picture in zip(seeds, pictures, strict=True):
-        file = _file(out, seed)
+    condition = condition_for(module, [labels[seed] for seed in seeds]) if labels is not None else None
+    if prompt is not None:
+        condition = prompted(module, condition, prompt, len(seeds))
+    drawn = module.generate(seeds, condition, **settings)
+    for seed, sample in zip(seeds, drawn.cpu().numpy() if isinstance(drawn, torch.Tensor) else drawn, strict=True):
+        file = out / f"{_stem(seed)}{TEXT if isinstance(sample, str) else PICTURE}"
         aside = file.with_suffix(f".{os.getpid()}.tmp")
-        Image.fromarray(picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)).save(aside, "PNG")
+        if isinstance(sample, str):
+            aside.write_text(sample, encoding="utf-8")
+        else:
+            Image.fromarray(sample[0] if len(sample) == 1 else sample.transpose(1, 2, 0)).save(aside, "PNG")
         os.replace(aside, file)
+
+
+def _list(out: Path, seeds: Sequence[int]) -> Path:
+    """One line of JSON per seed."""
+    rows = [{"seed": seed, "text": _file(out, seed).read_text(encoding="utf-8")} for seed in seeds]
+    file = out / "samples.jsonl"
+    aside = file.with_suffix(f".{os.getpid()}.tmp")
+    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(aside, file)
+    return file
 
 
 def _grid(
@@ -107,13 +149,21 @@ def _grid(
     return pictures.write_grid(out / "grid.png", np.stack(tiles).transpose(0, 3, 1, 2), title=title, white=white)
 
 
+def _stem(seed: int) -> str:
+    return f"seed_{seed:06d}"
+
+
 def _file(out: Path, seed: int) -> Path:
-    return out / f"seed_{seed:06d}.png"
+    """The sample of a seed, a text where there is one."""
+    text = out / f"{_stem(seed)}{TEXT}"
+    return text if text.is_file() else text.with_suffix(PICTURE)
 
 
 def _default_folder(run: Path, request: dict[str, Any]) -> Path:
     settings = "_".join(f"{key}-{value}" for key, value in sorted(request["settings"].items()))
     label = "" if request["label"] is None else f"_label-{request['label']}"
+    if "prompt" in request:
+        label += f"_prompt-{hashlib.sha256(request['prompt'].encode()).hexdigest()[:8]}"
     root = run if run.is_dir() else run.parent
     return (
         root
@@ -133,7 +183,7 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
 
     make_out(out)
     file = out / SETTINGS
-    if file.is_file() and any(out.glob("seed_*.png")):
+    if file.is_file() and any(out.glob("seed_*")):
         old = json.loads(file.read_text())
         changed = [key for key in request if old.get(key) != request[key]]
         if changed:

@@ -199,23 +199,24 @@ def _sample(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder, weights folder or weights file")
     _words(parser, "settings of the sampler, e.g. guidance=1.5")
     parser.add_argument(
-        "--seeds", type=seeds, default="0-63", metavar="LIST", help="seeds, one picture each (default: 0-63)"
+        "--seeds", type=seeds, default="0-63", metavar="LIST", help="seeds, one sample each (default: 0-63)"
     )
     parser.add_argument(
         "--label", type=at_least(-1), metavar="N", help="class, 0 to classes - 1, or -1 for none (default: all in turn)"
     )
+    parser.add_argument("--prompt", metavar="TEXT", help="how every text begins (default: nothing)")
     _kind(parser)
     parser.add_argument(
         "--out", metavar="DIR", help="folder to write (default: a folder named by the settings in RUN/sampled)"
     )
     parser.add_argument(
-        "--batch", type=at_least(1), default=64, metavar="N", help="pictures at a time, >= 1 (default: 64)"
+        "--batch", type=at_least(1), default=64, metavar="N", help="samples at a time, >= 1 (default: 64)"
     )
     parser.add_argument(
         "--grid",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="also write one picture of all (default: --grid)",
+        help="also write one file of all (default: --grid)",
     )
 
 
@@ -291,7 +292,7 @@ VERBS: dict[str, Verb] = {
         _experiment_first,
     ),
     "sample": Verb(
-        "Draw samples from a run: one picture per seed, and a grid.",
+        "Draw samples from a run: one picture or text per seed, and all in one file.",
         "sample runs/quickstart --seeds 0-15 --label 3 guidance=1.5",
         _sample,
         _only_settings,

@@ -52,24 +52,66 @@ class KVCache:
         # Views made once and ``narrow`` instead of slices: indexing costs as much as a small matrix product.
         self._layers = [(both, *both.unbind(0)) for both in store.unbind(0)]
 
-    def attend(self, layer: int, position: int, qkv: Tensor) -> Tensor:
+    def attend(self, layer: int, position: int, qkv: Tensor, scale: float | None = None) -> Tensor:
         """Add one token to a layer's cache and let it attend to itself and to the tokens before it.
 
         Args:
             layer: which attention layer is reading.
             position: index of the token; tokens 0 .. position - 1 are in the cache.
-            qkv: (rows, 3 channels) in the cache's dtype: queries, keys, values, each head by head.
+            qkv: (rows, width) in the cache's dtype: queries, keys, values, each head by head. There may be several
+                times as many query heads as the cache has heads; neighbours then share keys and values.
+            scale: factor on the logits; None for head_dim^-0.5.
 
         Returns:
-            Attended values, (rows, channels), heads side by side.
+            Attended values, (rows, query heads * head_dim), heads side by side.
         """
         rows, width = qkv.shape
         both, keys, values = self._layers[layer]
-        new = qkv.view(rows, 3, -1, 1, keys.shape[-1]).transpose(0, 1)  # (3, rows, heads, 1, head_dim)
-        both.narrow(3, position, 1).copy_(new.narrow(0, 1, 2))
-        seen = position + 1
-        out = F.scaled_dot_product_attention(new[0], keys.narrow(2, 0, seen), values.narrow(2, 0, seen))
-        return out.reshape(rows, width // 3)
+        seen, dim, heads = position + 1, keys.shape[-1], keys.shape[1]
+        if width == 3 * heads * dim:
+            new = qkv.view(rows, 3, heads, 1, dim).transpose(0, 1)  # (3, rows, heads, 1, head_dim)
+            both.narrow(3, position, 1).copy_(new.narrow(0, 1, 2))
+            queries = new[0]
+        else:  # the query heads that share keys stand in for query tokens
+            parts = qkv.view(rows, -1, dim)
+            group = parts.shape[1] // heads - 2
+            queries = parts.narrow(1, 0, group * heads).view(rows, heads, group, dim)
+            new = parts.narrow(1, group * heads, 2 * heads).view(rows, 2, heads, 1, dim).transpose(0, 1)
+            both.narrow(3, position, 1).copy_(new)
+        out = F.scaled_dot_product_attention(queries, keys.narrow(2, 0, seen), values.narrow(2, 0, seen), scale=scale)
+        return out.reshape(rows, width - 2 * heads * dim)
+
+    def attend_window(self, layer: int, position: int, qkv: Tensor, scale: float | None = None) -> Tensor:
+        """Add several tokens at once; each attends to itself and to all before it.
+
+        Args:
+            layer: which attention layer is reading.
+            position: index of the first of the tokens; whatever stood there and behind is replaced.
+            qkv: (rows, tokens, width), else as in ``attend``.
+            scale: factor on the logits; None for head_dim^-0.5.
+
+        Returns:
+            Attended values, (rows, tokens, query heads * head_dim).
+        """
+        rows, tokens, width = qkv.shape
+        both, keys, values = self._layers[layer]
+        seen, dim, heads = position + tokens, keys.shape[-1], keys.shape[1]
+        parts = qkv.view(rows, tokens, -1, dim).transpose(1, 2)  # (rows, all heads, tokens, head_dim)
+        queries, new = parts.split([parts.shape[1] - 2 * heads, 2 * heads], dim=1)
+        both.narrow(3, position, tokens).copy_(new.unflatten(1, (2, heads)).transpose(0, 1))
+        ahead = None
+        if position:
+            ahead = torch.ones(tokens, seen, dtype=torch.bool, device=qkv.device).tril(position)
+        out = F.scaled_dot_product_attention(
+            queries,
+            keys.narrow(2, 0, seen),
+            values.narrow(2, 0, seen),
+            attn_mask=ahead,
+            is_causal=ahead is None,
+            scale=scale,
+            enable_gqa=queries.shape[1] != heads,
+        )
+        return out.transpose(1, 2).reshape(rows, tokens, width - 2 * heads * dim)
 
 
 class CausalAttention(nn.Module):

@@ -9,14 +9,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightningmodules.tarflow import process
+from lightningmodules.shared import flow
+from lightningmodules.shared.timing import InTurn
 from lightningmodules.tarflow.network import TarFlowNet
 from lightningmodules.tarflow.sampler import Guidance, invert
 from lightningmodules.tarflow.straightforward import Straightforward
 
 WIDTH, BLOCKS, LAYERS, PATCH, CHANNELS, CLASSES = 128, 4, 2, 2, 3, 10
 AGREE = 1e-4  # largest difference of samples, relative to 1 + max |sample|
-LONG = 5.0  # seconds; what takes longer is timed twice at most
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     print(f"{'tokens':>6}  {'what':<16}{'ours':>9}{'reference':>11}{'ratio':>7}  largest difference")
     worst, seconds = 0.0, {}
     for tokens in args.tokens:
-        net, bench = _network(tokens, args.seed), _Bench(clock, args.repeats)
+        net, bench = _network(tokens, args.seed), InTurn(clock, args.repeats)
         for what, ours, theirs, error in _measure(net, bench, args):
             seconds[tokens, what] = ours
             worst = max(worst, error)
@@ -56,27 +56,7 @@ def main(argv: list[str]) -> int:
     return int(worst > AGREE)
 
 
-class _Bench:
-    """Times calls in turn, so that whatever else the machine does hits them alike; the best of each counts."""
-
-    def __init__(self, clock: Callable[[], float], repeats: int) -> None:
-        self.clock, self.repeats = clock, repeats
-
-    def __call__(self, ours: Callable[[], Tensor], theirs: Callable[[], Tensor]) -> tuple[list[float], list[Tensor]]:
-        best: list[float] = [math.inf, math.inf]
-        results: list[Tensor] = []
-        for round_ in range(self.repeats):
-            results = []
-            for which, call in enumerate((ours, theirs)):
-                begin = self.clock()
-                results.append(call())
-                best[which] = min(best[which], self.clock() - begin)
-            if best[1] > LONG and round_:
-                break
-        return best, results
-
-
-def _measure(net: TarFlowNet, bench: _Bench, args: argparse.Namespace) -> list[tuple[str, float, float, float]]:
+def _measure(net: TarFlowNet, bench: InTurn, args: argparse.Namespace) -> list[tuple[str, float, float, float]]:
     """(what, our seconds, reference seconds, relative difference) for one network."""
     plain = Straightforward(net, pairwise=args.cache == "pair")
     image = torch.randn(args.batch, CHANNELS, net.img_size, net.img_size)
@@ -91,7 +71,7 @@ def _measure(net: TarFlowNet, bench: _Bench, args: argparse.Namespace) -> list[t
 
     def our_loss() -> Tensor:
         out = net(image, y)
-        return process.nll(out.z, out.logdet).mean()
+        return flow.nll(out.z, out.logdet).mean()
 
     def plain_loss() -> Tensor:
         z, _, logdet = plain.forward(image, y)

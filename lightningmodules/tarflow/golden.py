@@ -1,6 +1,5 @@
 """Replays reference numbers of apple/ml-tarflow and reports how far ours are from them."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -9,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightningmodules.shared import flow, replay
+from lightningmodules.shared.statedict import match
 from lightningmodules.tarflow import process
 from lightningmodules.tarflow.network import TarFlowNet
 from lightningmodules.tarflow.sampler import Guidance, invert
-from lightningmodules.tarflow.weights import match, translate
+from lightningmodules.tarflow.weights import translate
 
 METHODS: tuple[str, ...] = ("tarflow",)
 LEVELS = 256  # pixel values of the bits-per-dimension reference
@@ -58,7 +59,7 @@ def check(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> I
         if compute is None:
             continue  # the caller reports it as not checked
         try:
-            error = _distance(compute(), tensors[name])
+            error = replay.distance(compute(), tensors[name])
         except (_Absent, RuntimeError):  # RuntimeError: a tensor of a shape that cannot be what its name says
             error = math.inf  # the others can still be compared
         yield name, error, _tolerance(name, tensors[name])
@@ -136,7 +137,7 @@ class _Replay:
 
     def loss(self, labels: str) -> Tensor:
         out = self.forward(labels)
-        return process.nll(out.z, out.logdet)
+        return flow.nll(out.z, out.logdet)
 
     def samples(self, suffix: str | None) -> list[Tensor]:
         """Images after every inverted block, guided as the metadata says for ``suffix``."""
@@ -160,8 +161,8 @@ class _Replay:
     def denoised(self, x: Tensor) -> Tensor:
         noisy = x.clone().requires_grad_()
         out = self.net(noisy, self.y)
-        (grad,) = torch.autograd.grad(process.nll(out.z, out.logdet).sum(), noisy)
-        return process.tweedie(x, grad, self.sigma)
+        (grad,) = torch.autograd.grad(flow.nll(out.z, out.logdet).sum(), noisy)
+        return flow.tweedie(x, grad, self.sigma)
 
     def denoised_sample(self) -> Tensor:
         given = self.tensors.get("out/sample")  # the reference denoised its own sample
@@ -173,14 +174,14 @@ class _Replay:
         if unknown := [name for name in order if name not in parameters]:
             raise ValueError(f"{self.path}: param_order names {unknown[0]}, which this network does not have.")
         out = self.net(self.input("x"), self.y)
-        loss = process.nll(out.z, out.logdet).mean()
+        loss = flow.nll(out.z, out.logdet).mean()
         return torch.stack([grad.norm() for grad in torch.autograd.grad(loss, [parameters[name] for name in order])])
 
     def bits_per_dim(self) -> Tensor:
         x = 2.0 * (self.input("x_uint8").float() + self.input("dequant_u")) / LEVELS - 1.0
         with torch.no_grad():
             out = self.net(x)
-        return process.bits_per_dim(process.nll(out.z, out.logdet), LEVELS)
+        return flow.bits_per_dim(flow.nll(out.z, out.logdet), LEVELS)
 
     def variance(self) -> Tensor:
         given = self.tensors.get("out/z")
@@ -193,7 +194,7 @@ class _Replay:
         losses = []
         for _ in range(len(self.tensors["out/train_losses"])):
             out = self.net(self.input("x"), self.y)
-            loss = process.nll(out.z, out.logdet).mean()
+            loss = flow.nll(out.z, out.logdet).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -202,22 +203,7 @@ class _Replay:
         return torch.stack(losses)
 
     def _json(self, key: str, default: Any = None) -> Any:
-        text = self.metadata.get(key)
-        if text is None:
-            if default is None:
-                raise ValueError(f"{self.path}: the metadata key {key!r} is missing.")
-            return default
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.path}: the metadata key {key!r} is not JSON: {error}.") from None
-
-
-def _distance(ours: Tensor, reference: Tensor) -> float:
-    if ours.shape != reference.shape:
-        return math.inf
-    error = float((ours.detach().double() - reference.double()).abs().max()) if ours.numel() else 0.0
-    return error if math.isfinite(error) else math.inf
+        return replay.read_json(self.metadata, key, self.path, default)
 
 
 def _tolerance(name: str, reference: Tensor) -> float:

@@ -7,20 +7,16 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightningmodules.base import GenerativeModule
+from lightningmodules.shared import flow
 from lightningmodules.shared.codecs import Batch, Pixels
 from lightningmodules.shared.conditioning import Condition
-from lightningmodules.shared.noise import Noise, SampleNoise, fold_seed
+from lightningmodules.shared.noise import Noise, SampleNoise
 from lightningmodules.tarflow import process
 from lightningmodules.tarflow.network import DROPPED, TarFlowNet
 from lightningmodules.tarflow.sampler import Guidance, invert
 from lightningmodules.tarflow.weights import translate
-
-REDRAWS = 3  # further attempts at a sample that came out infinite or not a number
-GRADIENT_BYTES = 2 << 30  # activations held at a time when differentiating samples
-FORWARD_ROWS = 1024  # most images per call without gradients
 
 
 class TarFlow(GenerativeModule):
@@ -120,7 +116,7 @@ class TarFlow(GenerativeModule):
         if y is not None and self.training and self.label_drop:
             y = y.masked_fill(torch.rand(y.shape, device=y.device) < self.label_drop, DROPPED)
         out = self.net(x, y)
-        terms = {"loss": process.nll(out.z, out.logdet).mean(), "logdet": out.logdet.mean()}
+        terms = {"loss": flow.nll(out.z, out.logdet).mean(), "logdet": out.logdet.mean()}
         with torch.no_grad():
             terms |= {f"z2_block{k}": z.square().mean() for k, z in enumerate(out.blocks)}
             if self.training and not self.net.nvp:
@@ -185,7 +181,7 @@ class TarFlow(GenerativeModule):
             uniform = SampleNoise(seeds, batch["image"].device).uniform(*shape[1:])
         x = self.codec.dequantize(batch, uniform)
         per_dim = self._nll(x, self._labels(batch) if conditional else None)
-        return process.log_prob_per_dim(per_dim, self.codec.levels) * math.prod(shape[1:])
+        return flow.log_prob_per_dim(per_dim, self.codec.levels) * math.prod(shape[1:])
 
     def bits_per_dim(self, batch: Batch, *, seeds: Sequence[int] | None = None, conditional: bool = True) -> Tensor:
         """``log_likelihood`` as bits per dimension, (B,)."""
@@ -222,14 +218,14 @@ class TarFlow(GenerativeModule):
             x = self._noisy(batch, noise_of_draw if self.noise_type == "uniform" else noise_scale * noise_of_draw)
             parts = [
                 self._nll(x[rows // self.num_classes], classes[rows % self.num_classes])
-                for rows in self._chunks(len(total), FORWARD_ROWS)
+                for rows in flow.chunks(self.net, len(total), flow.FORWARD_ROWS, self.device)
             ]
             total -= torch.cat(parts)[: len(total)]
         return total.view(count, self.num_classes).argmax(dim=1)
 
     def _nll(self, x: Tensor, y: Tensor | None) -> Tensor:
         out = self.net(x, y)
-        return process.nll(out.z, out.logdet, None if self.net.nvp else self.net.var)
+        return flow.nll(out.z, out.logdet, None if self.net.nvp else self.net.var)
 
     # ---- sampling -------------------------------------------------------------------------------------------------
 
@@ -270,24 +266,16 @@ class TarFlow(GenerativeModule):
         """
         guide = Guidance(guidance, attention_temperature, annealed, guide_what)
         y = self._request(len(seeds), condition, denoise, guide)
-        replayed = noise is not None
         z = self._prior(noise or SampleNoise(seeds, self.device))
         x = self._finish(z, y, denoise, guide)
-        bad = ~x.isfinite().flatten(1).all(dim=1)
-        for attempt in range(1, 0 if replayed else REDRAWS + 1):
-            if not self._largest(int(bad.any())):
-                break
-            rows = bad.nonzero().flatten().tolist() or [0]  # a rank without bad samples keeps the others company
-            fresh = SampleNoise([fold_seed(seeds[row], attempt) for row in rows], self.device)
-            again = self._finish(self._prior(fresh), None if y is None else y[rows], denoise, guide)
-            if bad.any():
-                warnings.warn(f"{len(rows)} of {len(seeds)} samples were not finite; drawn again.", stacklevel=2)
-                self.redrawn += len(rows)
-                x[rows] = again
-                bad = ~x.isfinite().flatten(1).all(dim=1)
-        if not replayed and bad.any():
-            warnings.warn(f"{int(bad.sum())} of {len(seeds)} samples stay not finite; shown grey.", stacklevel=2)
-            x[bad] = 0.0
+        if noise is None:
+
+            def draw(fresh: list[int], rows: list[int]) -> Tensor:
+                z = self._prior(SampleNoise(fresh, self.device))
+                return self._finish(z, None if y is None else y[rows], denoise, guide)
+
+            x, again = flow.drawn_again(x, seeds, self.net, draw)
+            self.redrawn += again
         return x.clamp(-1.0, 1.0)
 
     def trajectory(
@@ -325,21 +313,20 @@ class TarFlow(GenerativeModule):
         return self._denoised(x, y, denoise) if denoise * self._sigma else x
 
     def _denoised(self, x: Tensor, y: Tensor | None, strength: float) -> Tensor:
-        """Tweedie's step at the same labels, in chunks that bound memory; rows do not influence one another."""
-        parts = []
-        with torch.inference_mode(False), torch.enable_grad():
-            for rows in self._chunks(len(x), self._gradient_rows()):
-                noisy = x[rows].clone().requires_grad_()
-                out = self.net(noisy, None if y is None else y[rows].clone())
-                (grad,) = torch.autograd.grad(process.nll(out.z, out.logdet).sum(), noisy)
-                parts.append(process.tweedie(noisy.detach(), grad, self._sigma, strength))
-        return torch.cat(parts)[: len(x)]
+        """Tweedie's step at the same labels."""
+
+        def nll_of(noisy: Tensor, rows: Tensor) -> Tensor:
+            out = self.net(noisy, None if y is None else y[rows].clone())
+            return flow.nll(out.z, out.logdet)
+
+        rows = flow.chunks(self.net, len(x), self._gradient_rows(), self.device)
+        return flow.denoised(x, rows, nll_of, self._sigma, strength)
 
     def _gradient_rows(self) -> int:
         """Images whose activations fit the budget: about 24 numbers per token, channel and layer are kept."""
         layers = sum(len(block.layers) for block in self.net.steps)
         per_image = 24 * 4 * layers * self.net.steps[0].pos_embed.numel()
-        return max(1, GRADIENT_BYTES // per_image)
+        return max(1, flow.GRADIENT_BYTES // per_image)
 
     def _request(self, count: int, condition: Condition | None, denoise: float, guide: Guidance) -> Tensor | None:
         """Check what is asked for; returns the labels on the device."""
@@ -357,16 +344,3 @@ class TarFlow(GenerativeModule):
                 stacklevel=3,
             )
         return y.to(self.device) if y is not None and self.num_classes else None
-
-    def _chunks(self, count: int, most: int) -> list[Tensor]:
-        """Rows 0 .. count - 1 in chunks; the last again if sharded and another rank has more."""
-        chunks = list(torch.arange(count, device=self.device).split(most))
-        return chunks + chunks[-1:] * (self._largest(len(chunks)) - len(chunks))
-
-    def _largest(self, number: int) -> int:
-        """Maximum over ranks where the network is sharded, since they must call it together."""
-        if not any(isinstance(parameter, DTensor) for parameter in self.net.parameters()):
-            return number
-        shared = torch.tensor(number, device=self.device)
-        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-        return int(shared)

@@ -59,43 +59,6 @@ def to_data(z: Tensor, alpha: Tensor | None, mu: Tensor) -> Tensor:
     return z + mu if alpha is None else torch.addcmul(mu, z, torch.exp(alpha))
 
 
-def nll(z: Tensor, logdet: Tensor, var: Tensor | None = None) -> Tensor:
-    """Negative log-likelihood per dimension, without the constant 0.5 ln(2 pi).
-
-    Args:
-        z: latent, (B, N, D).
-        logdet: log |det dz/dx| / (N D) per image, (B,).
-        var: variance of the prior per latent dimension, (N, D); None means 1 everywhere, as in the training loss.
-
-    Returns:
-        0.5 mean(z^2 / var + ln var) - logdet, (B,), nats per dimension.
-
-    Source: apple/ml-tarflow, training loss (the case var = None).
-    """
-    square = z.square() if var is None else z.square() / var + var.log()
-    return 0.5 * square.mean(dim=(1, 2)) - logdet
-
-
-def log_prob_per_dim(nll_per_dim: Tensor, levels: int) -> Tensor:
-    """Log-probability of dequantised pixels, per dimension.
-
-    Args:
-        nll_per_dim: result of ``nll`` for pixels scaled to [-1, 1], (B,).
-        levels: number of pixel values L; [-1, 1] spans L bins, so one bin is 2 / L wide.
-
-    Returns:
-        -(nll + 0.5 ln(2 pi) + ln(L / 2)), (B,), nats per dimension, density per unit of one pixel value.
-
-    Source: apple/ml-tarflow, bits-per-dimension script (L = 256).
-    """
-    return -(nll_per_dim + 0.5 * math.log(2 * math.pi) + math.log(levels / 2))
-
-
-def bits_per_dim(nll_per_dim: Tensor, levels: int) -> Tensor:
-    """Turn ``nll`` into bits per dimension of the pixels, (B,); 2.99 at 256 levels is an nll of -3.698."""
-    return -log_prob_per_dim(nll_per_dim, levels) / math.log(2)
-
-
 def updated_variance(var: Tensor, second_moment: Tensor, rate: float = PRIOR_RATE) -> Tensor:
     """Move the prior variance towards the second moment of a batch, var + rate (E[z^2] - var).
 
@@ -136,22 +99,3 @@ def guidance_strengths(guidance: float, what: str, *, annealed: bool, tokens: in
 def guide(cond: Tensor, uncond: Tensor, strength: Tensor) -> Tensor:
     """Push predictions away from the unconditional ones, o + g (o - o_uncond)."""
     return torch.addcmul(cond, strength, cond - uncond)
-
-
-def tweedie(noisy: Tensor, nll_grad: Tensor, sigma: float, strength: float = 1.0) -> Tensor:
-    """Remove Gaussian noise in one step, E[x | y] = y + sigma^2 d log p(y) / dy.
-
-    Args:
-        noisy: images y = x + sigma noise, (B, ...).
-        nll_grad: gradient of the *sum over images* of ``nll`` at ``noisy``, shape of ``noisy``.
-        sigma: standard deviation of the noise.
-        strength: factor on the correction; 1 is Tweedie's formula.
-
-    Returns:
-        Denoised images, shape of ``noisy``.
-
-    Source: arXiv 2412.06329; apple/ml-tarflow, evaluate_fid (``self_denoising_lr``).
-    Differs: theirs takes the gradient of the mean over a chunk and multiplies by the chunk's size; the same number.
-    """
-    dims = noisy[0].numel()  # ``nll`` is per dimension: the score is -dims times its gradient
-    return noisy - strength * sigma**2 * dims * nll_grad

@@ -1,17 +1,16 @@
 """Inverting the flow: from prior noise to tokens, block by block, each token by token over a key-value cache."""
 
 import math
-import sys
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightningmodules.shared.attention import KVCache, compute_dtype
+from lightningmodules.shared.flow import eager
+from lightningmodules.shared.stepping import Layer, cast, layer_norm, linear, transform
 from lightningmodules.tarflow.network import FlowBlock, TarFlowNet, TransformerLayer
 from lightningmodules.tarflow.process import guidance_strengths, guide, to_data
 
@@ -51,21 +50,6 @@ class _Push(NamedTuple):
     temperature: float
 
 
-Linear = tuple[Tensor, Tensor]  # bias, transposed weight: what ``addmm`` takes
-Norm = tuple[list[int], Tensor, Tensor, float]  # arguments of layer_norm after the input
-
-
-class _Layer(NamedTuple):
-    """One transformer layer as plain tensors: for a single token, calling modules costs as much as computing."""
-
-    norm_attention: Norm
-    qkv: Linear
-    proj: Linear
-    norm_mlp: Norm
-    up: Linear
-    down: Linear
-
-
 @torch.no_grad()
 def invert(net: TarFlowNet, noise: Tensor, y: Tensor | None = None, guide: Guidance | None = None) -> list[Tensor]:
     """Map prior noise to tokens, the inverse of ``TarFlowNet.forward`` on patches.
@@ -97,7 +81,7 @@ def invert(net: TarFlowNet, noise: Tensor, y: Tensor | None = None, guide: Guida
             images.append(x)
         return images
 
-    with _eager():
+    with eager():
         images: list[Tensor] = net(noise, within=run)
     return images
 
@@ -130,8 +114,15 @@ def _invert_block(block: FlowBlock, z: Tensor, y: Tensor | None, caches: list[KV
         caches.append(_cache_for(block, rows * (2 if push else 1), dtype, z.device))
     cache = caches[0]
     class_rows, query_scale = _doubled(block, y, rows, push)
-    enter, leave = block.proj_in.weight.float().t(), _cast(block.proj_out, torch.float32)
+    enter, leave = block.proj_in.weight.float().t(), cast(block.proj_out, torch.float32)
     layers = [_take(layer, dtype) for layer in block.layers]
+    width = block.proj_in.out_features
+
+    def attend(position: int, layer: int, qkv: Tensor) -> Tensor:
+        if query_scale is not None:
+            qkv[:, :width] *= query_scale
+        return cache.attend(layer, position, qkv)
+
     with torch.autocast(z.device.type, enabled=False), torch.inference_mode():  # a tenth faster than no_grad
         for i in range(len(tokens) - 1):
             h = torch.addmm(offsets[i], tokens[i], enter)
@@ -139,45 +130,13 @@ def _invert_block(block: FlowBlock, z: Tensor, y: Tensor | None, caches: list[KV
                 h = torch.cat((h, h))
             if class_rows is not None:
                 h = h + class_rows
-            out = _linear(_transform(layers, h, cache, i, query_scale), leave)
+            out = linear(transform(layers, h, partial(attend, i)), leave)
             if push:
                 out = guide(out[:rows], out[rows:], strengths[i])
             alpha, mu = out.chunk(2, dim=-1) if block.nvp else (None, out)
             tokens[i + 1] = to_data(tokens[i + 1], alpha, mu)
         x = torch.stack(tokens, dim=1)
     return block.order(x.clone())  # an ordinary tensor again, that may be changed in place and differentiated
-
-
-def _transform(layers: list[_Layer], h: Tensor, cache: KVCache, position: int, query_scale: Tensor | None) -> Tensor:
-    """The transformer for one token, (rows, channels) float32; ``FlowBlock.forward`` does it for whole sequences.
-
-    ``h`` is overwritten.
-    """
-    low = layers[0].qkv[0].dtype if layers[0].qkv[0].dtype != h.dtype else None
-    for index, layer in enumerate(layers):
-        normed = torch.layer_norm(h, *layer.norm_attention)
-        qkv = _linear(normed if low is None else normed.to(low), layer.qkv)  # even a void ``to`` costs 3 % of a step
-        if query_scale is not None:
-            qkv[:, : h.shape[1]] *= query_scale
-        _add_linear(h, cache.attend(index, position, qkv), layer.proj)
-        normed = torch.layer_norm(h, *layer.norm_mlp)
-        hidden = F.gelu(_linear(normed if low is None else normed.to(low), layer.up))
-        _add_linear(h, hidden, layer.down)
-    return h
-
-
-def _linear(x: Tensor, linear: Linear) -> Tensor:
-    bias, weight = linear
-    return torch.addmm(bias, x, weight)
-
-
-def _add_linear(h: Tensor, x: Tensor, linear: Linear) -> None:
-    """Add a linear map of ``x`` to ``h`` in place; in the residual stream's own dtype, without a copy."""
-    bias, weight = linear
-    if weight.dtype == h.dtype:
-        h.addmm_(x, weight).add_(bias)
-    else:
-        h.add_(torch.addmm(bias, x, weight))
 
 
 def _doubled(block: FlowBlock, y: Tensor | None, rows: int, push: _Push | None) -> tuple[Tensor | None, Tensor | None]:
@@ -197,31 +156,18 @@ def _doubled(block: FlowBlock, y: Tensor | None, rows: int, push: _Push | None) 
     return class_rows, query_scale
 
 
-def _take(layer: TransformerLayer, dtype: torch.dtype) -> _Layer:
+def _take(layer: TransformerLayer, dtype: torch.dtype) -> Layer:
     attention, mlp = layer.attention, layer.mlp
-    return _Layer(
-        norm_attention=_norm(attention.norm),
-        qkv=_cast(attention.qkv, dtype),
-        proj=_cast(attention.proj, dtype),
-        norm_mlp=_norm(mlp.norm),
-        up=_cast(mlp.up, dtype),
-        down=_cast(mlp.down, dtype),
+    return Layer(
+        norm_attention=layer_norm(attention.norm),
+        qkv=cast(attention.qkv, dtype),
+        proj=cast(attention.proj, dtype),
+        norm_mlp=layer_norm(mlp.norm),
+        up=cast(mlp.up, dtype),
+        down=cast(mlp.down, dtype),
     )
-
-
-def _norm(norm: nn.LayerNorm) -> Norm:
-    return list(norm.normalized_shape), norm.weight.float(), norm.bias.float(), norm.eps
-
-
-def _cast(linear: nn.Linear, dtype: torch.dtype) -> Linear:
-    return linear.bias.to(dtype), linear.weight.to(dtype).t()
 
 
 def _cache_for(block: FlowBlock, rows: int, dtype: torch.dtype, device: torch.device) -> KVCache:
     attention, length = block.layers[0].attention, len(block.pos_embed) - 1  # the last token is never read
     return KVCache(len(block.layers), rows, attention.heads, attention.head_dim, length, dtype=dtype, device=device)
-
-
-def _eager() -> AbstractContextManager[object]:
-    """Keep compiled blocks eager while sampling: the compiler would unroll the token loop."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

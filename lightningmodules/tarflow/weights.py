@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightningmodules.shared.statedict import match as match  # the runner asks the room for it
+
 MASK = re.compile(r"blocks\.\d+\.attn_mask")
 
 
@@ -94,33 +96,6 @@ def infer(official: Mapping[str, Tensor], *, in_channels: int | None = None, hea
         "num_classes": 0 if table is None else len(table),
         "nvp": outputs == 2 * dims,
     }
-
-
-def match(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Insist that two state dicts have the same keys and shapes.
-
-    Args:
-        given: what came, already translated.
-        expected: ``state_dict()`` of the network it should fill.
-
-    Raises:
-        ValueError: names the missing and unexpected keys and every tensor of another shape, with both shapes.
-    """
-    missing, unexpected = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
-    shapes = [
-        f"{key}: {tuple(given[key].shape)} in the file, {tuple(expected[key].shape)} in the network"
-        for key in sorted(given.keys() & expected.keys())
-        if given[key].shape != expected[key].shape
-    ]
-    if missing or unexpected or shapes:
-        raise ValueError(
-            f"The weights do not fit the network: {_some('missing', missing)}; {_some('unexpected', unexpected)}; "
-            f"{_some('of another shape', shapes)}."
-        )
-
-
-def _some(what: str, items: list[str]) -> str:
-    return f"{len(items)} {what}" + (f" ({', '.join(items[:5])}{', ...' if len(items) > 5 else ''})" if items else "")
 
 
 def _mask(tokens: int) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lightningmodules.tarflow import golden, process
+from lightningmodules.shared import flow
+from lightningmodules.tarflow import golden
 from lightningmodules.tarflow.network import TarFlowNet
 from lightningmodules.tarflow.straightforward import Straightforward
 from lightningmodules.tarflow.weights import to_official
@@ -139,7 +140,7 @@ def made(**options: object) -> Reference:
     losses = []
     for _ in range(5):
         latent, _, part = plain.forward(x, y)
-        step = process.nll(latent, part).mean()
+        step = flow.nll(latent, part).mean()
         optimizer.zero_grad()
         step.backward()
         optimizer.step()

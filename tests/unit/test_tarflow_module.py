@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightningmodules.shared import flow
 from lightningmodules.shared.codecs import Pixels
 from lightningmodules.shared.conditioning import Condition
 from lightningmodules.shared.noise import ReplayNoise, fold_seed
-from lightningmodules.tarflow import process
 from lightningmodules.tarflow.module import TarFlow
 from lightningmodules.tarflow.network import FlowOutput, TarFlowNet
 
@@ -90,7 +90,7 @@ def test_likelihoods_add_up_to_one() -> None:
     x = points.view(-1, 1, 2, 2)
     with torch.no_grad():
         out = tarflow.net(x)
-        log_p = 4 * process.log_prob_per_dim(process.nll(out.z, out.logdet), 2)
+        log_p = 4 * flow.log_prob_per_dim(flow.nll(out.z, out.logdet), 2)
     log_q = -0.5 * (points / 3).square().sum(1) - 2 * math.log(2 * math.pi) - 4 * math.log(3.0)
     assert (log_p - log_q).exp().mean() == pytest.approx(1.0, abs=0.03)
 
@@ -166,7 +166,7 @@ def test_denoising_follows_the_score_whatever_the_chunks(monkeypatch: pytest.Mon
     def log_p(v: Tensor) -> Tensor:
         with torch.no_grad():
             out = tarflow.net(v.double().float(), y)
-        return -64 * process.nll(out.z, out.logdet).double()
+        return -64 * flow.nll(out.z, out.logdet).double()
 
     slope = (log_p(x + step) - log_p(x - step)) / (2 * size)
     whole = tarflow._denoised(x, y, 0.9)

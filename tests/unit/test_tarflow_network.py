@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightningmodules.shared import flow
 from lightningmodules.tarflow import process
 from lightningmodules.tarflow.network import TarFlowNet
 from lightningmodules.tarflow.sampler import invert
@@ -88,7 +89,7 @@ def test_agrees_with_the_straightforward_implementation() -> None:
 def test_every_parameter_learns() -> None:
     net, x = network(num_classes=3), torch.randn(4, 1, 8, 8)
     out = net(x, torch.tensor([0, 1, 2, -1]))
-    process.nll(out.z, out.logdet).mean().backward()
+    flow.nll(out.z, out.logdet).mean().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
@@ -124,15 +125,15 @@ def test_patches_are_channel_first_and_row_major() -> None:
 
 
 def test_bits_per_dimension() -> None:
-    assert process.bits_per_dim(torch.tensor(-3.698), 256) == pytest.approx(2.99, abs=0.002)
+    assert flow.bits_per_dim(torch.tensor(-3.698), 256) == pytest.approx(2.99, abs=0.002)
     uniform = torch.tensor(0.5 * 0.0 - 0.5 * math.log(2 * math.pi) + math.log(2.0))  # density 1/2 on [-1, 1]
-    assert process.bits_per_dim(uniform, 17) == pytest.approx(math.log2(17), abs=1e-5)
+    assert flow.bits_per_dim(uniform, 17) == pytest.approx(math.log2(17), abs=1e-5)
 
 
 def test_tweedie_is_exact_for_a_gaussian() -> None:
     var, sigma, noisy = 0.7, 0.5, torch.randn(3, 1, 2, 2, dtype=torch.float64)
     grad = noisy / (var + sigma**2) / 4  # of 0.5 x^2 / (var + sigma^2), per dimension
-    torch.testing.assert_close(process.tweedie(noisy, grad, sigma), noisy * var / (var + sigma**2))
+    torch.testing.assert_close(flow.tweedie(noisy, grad, sigma), noisy * var / (var + sigma**2))
 
 
 def test_variance_moves_towards_the_second_moment() -> None:

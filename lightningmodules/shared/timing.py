@@ -1,0 +1,34 @@
+"""Timing two ways of computing the same thing, for the benches of the rooms."""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+LONG = 5.0  # seconds; what takes longer is timed twice at most
+
+
+class InTurn:
+    """Times calls in turn, so that whatever else the machine does hits them alike; the best of each counts.
+
+    Args:
+        clock: seconds, such as ``time.process_time``.
+        repeats: timings of each.
+    """
+
+    def __init__(self, clock: Callable[[], float], repeats: int) -> None:
+        self.clock, self.repeats = clock, repeats
+
+    def __call__(self, ours: Callable[[], Tensor], theirs: Callable[[], Tensor]) -> tuple[list[float], list[Tensor]]:
+        """Best seconds and last results of both."""
+        best: list[float] = [math.inf, math.inf]
+        results: list[Tensor] = []
+        for round_ in range(self.repeats):
+            results = []
+            for which, call in enumerate((ours, theirs)):
+                begin = self.clock()
+                results.append(call())
+                best[which] = min(best[which], self.clock() - begin)
+            if best[1] > LONG and round_:
+                break
+        return best, results
