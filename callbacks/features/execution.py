@@ -1,0 +1,158 @@
+"""Run generated Python against the tests of a problem, shut off from the rest of the machine; nothing runs on import.
+
+One process per program, in its own session, with an empty environment, in a temporary folder that is removed, without
+standard input, network, further processes or access to files outside that folder, under limits of processor time,
+memory and file size. This keeps accidents from spreading; it is no cage for a hostile program that exploits the
+interpreter. Callers ask for the user's permission first.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
+_STOPS = ("\nclass ", "\ndef ", "\nif __name__", "\nprint(", "\n#", "\n@", "\nassert ")
+_CHILD = Path(__file__).with_name("confined.py")
+_DETAIL = 300  # characters kept of a failing program's last words
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one program: ``passed``, ``failed`` or ``timed out``, and the last words of a failure."""
+
+    status: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A programming problem.
+
+    Attributes:
+        name: its ``task_id``.
+        prompt: what the model continues.
+        tests: code that raises unless the answer is right.
+        stub: whether the answer continues the prompt's own code (HumanEval) or stands alone (MBPP).
+    """
+
+    name: str
+    prompt: str
+    tests: str
+    stub: bool
+
+    def program(self, answer: str) -> str:
+        """The answer, cut where it ends, together with its tests."""
+        return f"{self.prompt + _first_part(answer) if self.stub else _fenced(answer)}\n\n{self.tests}\n"
+
+
+def run(source: str, *, timeout_sec: float = 5.0, memory_mib: int = 1024) -> Outcome:
+    """Run one program in a process of its own.
+
+    Args:
+        source: Python source. It passes if it runs to its end: an early exit does not count.
+        timeout_sec: wall-clock seconds, after which its process group is killed.
+        memory_mib: address space.
+
+    Returns:
+        The outcome; nothing the program does raises here.
+    """
+    with tempfile.TemporaryDirectory(prefix="program-") as folder:
+        receipt, written = os.pipe()
+        command = [sys.executable, "-I", "-B", str(_CHILD), str(max(1, round(timeout_sec + 1))), str(memory_mib)]
+        process = subprocess.Popen(
+            [*command, str(written)],
+            cwd=folder,
+            env={"PATH": "", "HOME": folder, "PYTHONHASHSEED": "0"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=[written],
+            start_new_session=True,
+        )
+        os.close(written)
+        try:
+            _, errors = process.communicate(source.encode("utf-8", "replace"), timeout=timeout_sec)
+            late = False
+        except subprocess.TimeoutExpired:
+            late, errors = True, b""
+        finally:
+            _end(process)
+        with os.fdopen(receipt, "rb") as pipe:
+            finished = pipe.read(4) == b"done"
+    if late:
+        return Outcome(TIMED_OUT, f"longer than {timeout_sec:g} s")
+    if process.returncode == 0 and finished:
+        return Outcome(PASSED)
+    if process.returncode == 0:
+        return Outcome(FAILED, "ended before its tests did")
+    return Outcome(FAILED, errors.decode("utf-8", "replace").strip()[-_DETAIL:] or f"exit code {process.returncode}")
+
+
+def run_all(programs: Sequence[str], *, timeout_sec: float = 5.0, memory_mib: int = 1024) -> list[Outcome]:
+    """Run programs side by side, half as many as there are cores at a time, and return their outcomes in order."""
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        return list(pool.map(lambda source: run(source, timeout_sec=timeout_sec, memory_mib=memory_mib), programs))
+
+
+def problems(file: Path) -> list[Problem]:
+    """Read a file of problems in the format of HumanEval or of MBPP, one JSON object per line.
+
+    Raises:
+        ValueError: it is missing or has another format; the message names the line.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}). Give a HumanEval or MBPP file, unpacked.") from error
+    found = [_problem(file, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not found:
+        raise ValueError(f"{file} holds no problem. Give a HumanEval or MBPP file: one JSON object per line.")
+    return found
+
+
+def _problem(file: Path, number: int, line: str) -> Problem:
+    try:
+        row: dict[str, Any] = json.loads(line)
+        if "entry_point" in row:
+            tests = f"{row['test']}\ncheck({row['entry_point']})"
+            return Problem(str(row["task_id"]), row["prompt"], tests, stub=True)
+        checks: Iterable[str] = row["test_list"]
+        setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
+        prompt = f'"""\n{row.get("text") or row["prompt"]}\n{chr(10).join(checks)}\n"""\n'
+        return Problem(str(row["task_id"]), prompt, "\n".join([setup, *checks]), stub=False)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file}, line {number}: {type(error).__name__}: {error}. Expected a JSON object with task_id, prompt, test"
+            " and entry_point (HumanEval), or with task_id, text and test_list (MBPP)."
+        ) from error
+
+
+def _first_part(answer: str) -> str:
+    """A continuation up to where a function's body ends."""
+    ends = [at for stop in _STOPS if (at := answer.find(stop)) >= 0]
+    return answer[: min(ends)] if ends else answer
+
+
+def _fenced(answer: str) -> str:
+    """The first fenced block, or everything where there is none."""
+    block = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", answer, re.DOTALL)
+    return block[1] if block else answer
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Kill what is left of the program, its children included."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stderr is not None:
+        process.stderr.close()

@@ -1,0 +1,98 @@
+"""Generated programs: what passes, what fails, and what they cannot do."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from callbacks.features import execution
+from callbacks.features.execution import FAILED, PASSED, TIMED_OUT
+
+
+def outcome(source: str, **limits) -> str:
+    return execution.run(source, **{"timeout_sec": 5.0, **limits}).status
+
+
+def test_a_right_program_passes_and_a_wrong_one_fails():
+    assert outcome("import math\nassert math.sqrt(4) == 2") == PASSED
+    assert outcome("assert 1 == 2") == FAILED
+    assert outcome("def f(:") == FAILED
+
+
+def test_leaving_early_does_not_count():
+    for way in ("raise SystemExit(0)", "import os\nos._exit(0)"):
+        assert outcome(f"{way}\nassert False") == FAILED
+
+
+def test_a_program_without_end_is_killed():
+    begin = time.monotonic()
+    assert outcome("while True: pass", timeout_sec=1.0) == TIMED_OUT
+    assert time.monotonic() - begin < 4
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x = bytearray(3 << 30)",
+        "import socket\nsocket.create_connection(('127.0.0.1', 9))",
+        "import socket\nsocket.socket()",
+        "import subprocess\nsubprocess.run(['true'])",
+        "import os\nos.fork()",
+        "import os\nos.system('true')",
+        "import ctypes\nctypes.CDLL(None)",
+        "open('/etc/passwd').read()",
+        "import os\nos.listdir('/')",
+        "import os\nassert os.environ.get('SECRET')",
+        "assert input()",
+    ],
+)
+def test_what_a_program_cannot_do(source, monkeypatch):
+    monkeypatch.setenv("SECRET", "1")
+    assert outcome(source) == FAILED
+
+
+def test_files_stay_in_the_temporary_folder(tmp_path: Path):
+    target = tmp_path / "out"
+    assert outcome(f"open({str(target)!r}, 'w')") == FAILED
+    assert outcome(f"import os\nos.remove({str(Path(__file__))!r})") == FAILED
+    assert not target.exists()
+    assert Path(__file__).exists()
+    assert outcome("open('own', 'w').write('x')\nassert open('own').read() == 'x'") == PASSED
+
+
+def test_no_process_is_left(tmp_path: Path):
+    before = set(os.listdir("/proc"))
+    execution.run_all(["while True: pass"] * 2, timeout_sec=0.5)
+    left = [pid for pid in set(os.listdir("/proc")) - before if pid.isdigit() and _ours(pid)]
+    assert not left
+
+
+def _ours(pid: str) -> bool:
+    try:
+        return "confined.py" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
+
+
+def test_problem_files(tmp_path: Path):
+    human = {
+        "task_id": "H/0",
+        "prompt": "def add(a, b):\n",
+        "test": "def check(f):\n    assert f(1, 2) == 3",
+        "entry_point": "add",
+    }
+    mbpp = {"task_id": 7, "text": "Add two numbers.", "test_list": ["assert add(1, 2) == 3"]}
+    file = tmp_path / "problems.jsonl"
+    file.write_text(json.dumps(human) + "\n" + json.dumps(mbpp) + "\n")
+    first, second = execution.problems(file)
+    answers = [
+        first.program("    return a + b\n\ndef other():\n    syntax error"),
+        first.program("    return a - b\n"),
+        second.program("Here:\n```python\ndef add(a, b):\n    return a + b\n```\nDone."),
+    ]
+    assert [result.status for result in execution.run_all(answers)] == [PASSED, FAILED, PASSED]
+    file.write_text('{"task_id": 1}\n')
+    with pytest.raises(ValueError, match="line 1"):
+        execution.problems(file)
