@@ -1,0 +1,163 @@
+"""How good generated text is: entropy, diversity, perplexity under another model, and whether code parses."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from callbacks.features.scorer import Scorer
+from callbacks.features.text import distinct, parses, unigram_entropy
+from callbacks.records import scalars
+from callbacks.sampling import condition_for, guidance_of, plain, shares
+from callbacks.validations import AtValidations
+from lightningmodules.base import GenerativeModule
+
+GRAMS = (1, 2, 3, 4)
+
+
+class TextQuality(AtValidations):
+    """Numbers about generated text at every n-th validation.
+
+    ``metrics/entropy`` (mean entropy of each sample's own tokens, nats), ``metrics/distinct_<n>`` (share of different
+    n-grams over all samples; ``_mean``: mean of each sample's own), ``metrics/gen_ppl_<scorer>``, ``metrics/parses``
+    (share of samples that are valid Python), ``metrics/mauve``, and ``metrics/evaluations`` (network calls per
+    sample). ``metrics/entropy_data`` is the entropy of held-out rows: a perplexity bought with less than that is none.
+    Sample i has seed ``first_seed + i``, and the seeds are dealt out to the ranks, so the numbers do not depend on how
+    many ranks there are.
+
+    Args:
+        settings: keywords of the room's ``sample``; the experiment's ``sampling`` block.
+        n: samples.
+        every: validations between measurements; the last validation always measures.
+        weights: kinds to measure; ``ema`` is the first average. Others than the first carry a suffix.
+        scorer: what scores the texts, from ``callbacks.features.scorer``; None for no perplexity.
+        code: also count the samples that ``ast.parse`` accepts; nothing is executed.
+        mauve: folder of a model whose features MAUVE compares with held-out text (package mauve-text, extra
+            ``mauve``); None for no MAUVE.
+        first_seed: seed of the first sample.
+        chunk: samples per call of the network.
+
+    Raises:
+        ValueError: MAUVE is asked for, but not installed.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        n: int = 64,
+        every: int = 1,
+        weights: Sequence[str] = ("ema",),
+        scorer: Scorer | None = None,
+        code: bool = False,
+        mauve: str | None = None,
+        first_seed: int = 0,
+        chunk: int = 64,
+    ) -> None:
+        super().__init__()
+        if mauve is not None and importlib.util.find_spec("mauve") is None:
+            raise ValueError(
+                "callbacks.quality.mauve needs a package. Type: pip install mauve-text, or set it to null."
+            )
+        self.settings: dict[str, Any] = plain(settings or {})
+        self.n, self.every, self.weights, self.scorer = n, every, tuple(weights), scorer
+        self.code, self.mauve, self.first_seed, self.chunk = code, mauve, first_seed, chunk
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check before anything is trained."""
+        assert isinstance(pl_module, GenerativeModule)
+        for kind in self.weights:
+            pl_module.resolve_weights(kind)
+        if self.n < trainer.world_size:
+            raise ValueError(f"callbacks.quality.n={self.n} is less than the {trainer.world_size} ranks. Raise n.")
+
+    def at_validation(self, trainer: L.Trainer, module: GenerativeModule) -> bool:
+        """Measure, for every kind of weights."""
+        if not self.due(trainer, module, self.every):
+            return True
+        rows: list[tuple[dict[str, float], dict[str, Any]]] = []
+        for position, kind in enumerate(dict.fromkeys(module.resolve_weights(kind) for kind in self.weights)):
+            with module.use_weights(kind), torch.no_grad():
+                drawn = self._draw(trainer, module)
+            if drawn is None:
+                return False
+            tokens, calls = drawn
+            values = self._values(trainer, module, tokens)
+            if calls is not None:
+                values["metrics/evaluations"] = calls
+            suffix = f"_{kind}" if position else ""
+            rows.append(({f"{tag}{suffix}": value for tag, value in values.items()}, self._protocol(kind)))
+        for values, protocol in rows:
+            scalars(trainer, values, **protocol)
+        return True
+
+    def _draw(self, trainer: L.Trainer, module: GenerativeModule) -> tuple[Tensor, float | None] | None:
+        """Tokens of all samples in the order of their seeds, (n, L) on the CPU, and network calls per sample."""
+        parts, calls = [], []
+        for numbers, _ in shares(self.n, trainer.global_rank, trainer.world_size, self.chunk):
+            if module.stop_requested():
+                return None
+            labels = [number % max(1, module.num_classes) for number in numbers]
+            seeds = [self.first_seed + number for number in numbers]
+            parts.append(module.sample(seeds, condition_for(module, labels), **self.settings))
+            calls.append(getattr(module, "evaluations", None))
+        tokens = torch.cat(parts)
+        if trainer.world_size > 1:
+            gathered = trainer.strategy.all_gather(
+                tokens
+            )  # (ranks, longest share, L): sample i is row i // ranks of i % ranks
+            tokens = gathered.transpose(0, 1).flatten(0, 1)
+        known = [float(call) for call in calls if call is not None]
+        return tokens[: self.n].cpu(), sum(known) / len(known) if known else None
+
+    def _values(self, trainer: L.Trainer, module: GenerativeModule, tokens: Tensor) -> dict[str, float]:
+        texts: list[str] = list(module.codec.decode(tokens))
+        rows = tokens.tolist()
+        values = {"metrics/entropy": float(unigram_entropy(tokens).mean())}
+        data = self._data(trainer, module)
+        if data is not None:
+            values["metrics/entropy_data"] = float(unigram_entropy(data).mean())
+        for n in GRAMS:
+            values[f"metrics/distinct_{n}"], values[f"metrics/distinct_{n}_mean"] = distinct(rows, n)
+        if self.scorer is not None:
+            nats, count = self.scorer.score(texts, module.device)
+            values[f"metrics/gen_ppl_{self.scorer.name}"] = float(torch.tensor(nats / max(1, count)).exp())
+        if self.code:
+            values["metrics/parses"] = sum(map(parses, texts)) / len(texts)
+        if self.mauve is not None and data is not None:
+            values["metrics/mauve"] = self._mauve(texts, list(module.codec.decode(data)))
+        return values
+
+    def _data(self, trainer: L.Trainer, module: GenerativeModule) -> Tensor | None:
+        """As many held-out rows as there are samples, where there are so many; this rank's share stands for all."""
+        parts, count = [], 0
+        for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
+            if "valid" in batch and not bool(batch["valid"].all()):
+                return None  # padding would count as a token
+            parts.append(module.codec.encode(batch).cpu())
+            count += len(parts[-1])
+            if count >= self.n:
+                break
+        return torch.cat(parts)[: self.n] if parts else None
+
+    def _mauve(self, texts: list[str], data: list[str]) -> float:
+        import mauve
+
+        result = mauve.compute_mauve(
+            p_text=data, q_text=texts, featurize_model_name=self.mauve, device_id=-1, seed=25, verbose=False
+        )
+        return float(result.mauve)
+
+    def _protocol(self, kind: str) -> dict[str, Any]:
+        scorer = None if self.scorer is None else {"name": self.scorer.name, "digest": self.scorer.digest}
+        return {
+            "n": self.n,
+            "weights": kind,
+            "guidance": guidance_of(self.settings),
+            "settings": self.settings,
+            "seeds": f"{self.first_seed}-{self.first_seed + self.n - 1}",
+            "scorer": scorer,
+        }
