@@ -16,7 +16,7 @@ from callbacks.features.extractor import Extractor, Features
 from callbacks.features.frechet import Moments, Stats
 from callbacks.features.neighbours import precision_recall
 from callbacks.records import scalars, warn_once
-from callbacks.sampling import condition_for, guidance_of, plain, shares
+from callbacks.sampling import guidance_of, plain, shares
 from callbacks.validations import AtValidations
 from lightningmodules.base import GenerativeModule
 
@@ -160,9 +160,7 @@ class FrechetDistance(AtValidations):
             if module.stop_requested():
                 return None
             labels = [number % max(1, module.num_classes) for number in numbers]
-            x = module.sample(
-                [self.first_seed + number for number in numbers], condition_for(module, labels), **settings
-            )
+            x = module.sample([self.first_seed + number for number in numbers], module.condition(labels), **settings)
             broken += int((~x[:count].flatten(1).isfinite().all(1)).sum())
             seen = _look(self.extractor, module.codec.decode(x.nan_to_num(nan=-1.0)))
             moments.update(seen.values[:count]) if count else None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from callbacks.pictures import animation, encode_png, even_columns, film_strip, grid, read_tiles, short_count, to_tiles
 from callbacks.records import SAMPLES_FOLDER, picture, picture_path, scalars, warn_once
-from callbacks.sampling import condition_for, draw, guidance_of, plain
+from callbacks.sampling import draw, guidance_of, plain
 from callbacks.validations import AtValidations
 from lightningmodules.base import GenerativeModule
 from lightningmodules.shared.codecs import Pixels
@@ -166,7 +166,7 @@ class Samples(AtValidations):
         seeds = self._seeds(4)
         path: Callable[..., list[Tensor]] = getattr(module, "trajectory")  # noqa: B009 - rooms may lack it
         with module.use_weights(self.weights[0]):
-            states = path(seeds, condition_for(module, labels[:4]), **self.settings)
+            states = path(seeds, module.condition(labels[:4]), **self.settings)
         picked = _evenly(len(states), FRAMES)
         frames = [_tiles(module, states[index]) for index in picked]
         captions = [f"step {module.updates}   {index} / {len(states) - 1}" for index in picked]

@@ -43,15 +43,8 @@ def draw(
     parts = []
     for start in range(0, len(seeds), chunk):
         rows = slice(start, start + chunk)
-        parts.append(module.sample(seeds[rows], condition_for(module, labels[rows]), **settings))
+        parts.append(module.sample(seeds[rows], module.condition(labels[rows]), **settings))
     return torch.cat(parts)
-
-
-def condition_for(module: GenerativeModule, labels: Sequence[int]) -> Condition | None:
-    """Class labels as a condition on the module's device; None for rooms without classes."""
-    if not module.num_classes:
-        return None
-    return Condition(label=torch.tensor(list(labels), dtype=torch.int64)).to(module.device)
 
 
 def prompted(module: GenerativeModule, condition: Condition | None, prompt: str, rows: int = 1) -> Condition:

@@ -11,7 +11,7 @@ from torch import Tensor
 from callbacks.features.scorer import Scorer
 from callbacks.features.text import distinct, parses, unigram_entropy
 from callbacks.records import scalars
-from callbacks.sampling import condition_for, guidance_of, plain, shares
+from callbacks.sampling import guidance_of, plain, shares
 from callbacks.validations import AtValidations
 from lightningmodules.base import GenerativeModule
 
@@ -102,7 +102,7 @@ class TextQuality(AtValidations):
                 return None
             labels = [number % max(1, module.num_classes) for number in numbers]
             seeds = [self.first_seed + number for number in numbers]
-            parts.append(module.sample(seeds, condition_for(module, labels), **self.settings))
+            parts.append(module.sample(seeds, module.condition(labels), **self.settings))
             calls.append(getattr(module, "evaluations", None))
         tokens = torch.cat(parts)
         if trainer.world_size > 1:

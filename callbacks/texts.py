@@ -10,7 +10,7 @@ from torch import Tensor
 
 from callbacks.features.text import unigram_entropy
 from callbacks.records import scalars, text
-from callbacks.sampling import condition_for, draw, guidance_of, plain, prompted
+from callbacks.sampling import draw, guidance_of, plain, prompted
 from callbacks.validations import AtValidations
 from lightningmodules.base import GenerativeModule
 
@@ -101,14 +101,14 @@ class Texts(AtValidations):
             return draw(module, seeds, labels, self.settings, self.chunk), [""] * len(seeds)
         prompts = [self.prompts[index % len(self.prompts)] for index in range(len(seeds))]
         rows = [
-            module.sample([seed], prompted(module, condition_for(module, [label]), prompt), **self.settings)
+            module.sample([seed], prompted(module, module.condition([label]), prompt), **self.settings)
             for seed, label, prompt in zip(seeds, labels, prompts, strict=True)
         ]
         return torch.cat(rows), prompts
 
     def _film(self, trainer: L.Trainer, module: GenerativeModule) -> None:
         trajectory: Callable[..., list[Tensor]] = getattr(module, "trajectory")  # noqa: B009 - rooms may lack it
-        condition = condition_for(module, [self.first_seed % max(1, module.num_classes)])
+        condition = module.condition([self.first_seed % max(1, module.num_classes)])
         with module.use_weights(self.weights[0]):
             states = trajectory([self.first_seed], condition, **self.settings)
         lines = film([state[0] for state in states], getattr(module.codec, "tokenizer"))  # noqa: B009

@@ -94,6 +94,15 @@ class GenerativeModule(L.LightningModule):
         """The condition that means "nothing", n rows."""
         raise TypeError(f"{type(self).__name__} must define null_condition().")
 
+    def condition(self, labels: Sequence[int]) -> Condition | None:
+        """The condition that stands for classes, on the module's device; None for rooms without classes.
+
+        A room conditioned on text overrides it with what it makes of the classes' names.
+        """
+        if not self.num_classes:
+            return None
+        return Condition(label=torch.tensor(list(labels), dtype=torch.int64)).to(self.device)
+
     def flops_per_sample(self) -> float:
         """Floating-point operations of one training sample, forward and backward; 0 when unknown."""
         return 0.0

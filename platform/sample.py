@@ -100,9 +100,9 @@ def _write(
     import torch
     from PIL import Image
 
-    from callbacks.sampling import condition_for, prompted
+    from callbacks.sampling import prompted
 
-    condition = condition_for(module, [labels[seed] for seed in seeds]) if labels is not None else None
+    condition = module.condition([labels[seed] for seed in seeds]) if labels is not None else None
     if prompt is not None:
         condition = prompted(module, condition, prompt, len(seeds))
     drawn = module.generate(seeds, condition, **settings)
