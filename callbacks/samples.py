@@ -226,7 +226,7 @@ def _survive(what: str, active: bool = True) -> Iterator[None]:
 
 
 def _size(module: GenerativeModule) -> int:
-    return module.codec.shape[-1]
+    return int(getattr(module.codec, "size", module.codec.shape[-1]))
 
 
 def _group(kind: str) -> str:
@@ -246,11 +246,11 @@ def _arrangement(module: GenerativeModule) -> tuple[int, list[int], list[str]]:
 
 
 def _tiles(module: GenerativeModule, x: Tensor) -> np.ndarray:
-    return _show(module, module.codec.decode(x.nan_to_num(nan=-1.0)))
+    return _show(module, module.codec.decode(x.nan_to_num(nan=-1.0) if x.is_floating_point() else x))
 
 
 def _show(module: GenerativeModule, images: Tensor) -> np.ndarray:
-    return to_tiles(images, module.codec.white if isinstance(module.codec, Pixels) else 255)
+    return to_tiles(images, int(getattr(module.codec, "white", 255)))
 
 
 def _health(module: GenerativeModule, x: Tensor) -> dict[str, float]:

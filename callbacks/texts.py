@@ -14,7 +14,6 @@ from callbacks.sampling import draw, guidance_of, plain, prompted
 from callbacks.validations import AtValidations
 from lightningmodules.base import GenerativeModule
 
-HOLE = "_"  # stands for a token that is not drawn yet
 FILM_LINES = 40
 
 
@@ -111,35 +110,21 @@ class Texts(AtValidations):
         condition = module.condition([self.first_seed % max(1, module.num_classes)])
         with module.use_weights(self.weights[0]):
             states = trajectory([self.first_seed], condition, **self.settings)
-        lines = film([state[0] for state in states], getattr(module.codec, "tokenizer"))  # noqa: B009
+        lines = film([state[0] for state in states], module.codec)
         text(trainer, "samples/film", _block(lines), "".join(line + "\n" for line in lines), "txt")
 
 
-def film(states: Sequence[Tensor], tokenizer: Any) -> list[str]:
-    """One line per state that differs from the one before, at most about forty; holes are underscores.
+def film(states: Sequence[Tensor], codec: Any) -> list[str]:
+    """One line per state that differs from the one before, at most about forty; the codec shows what is not drawn yet.
 
     Args:
-        states: (L,) int64 each; numbers from ``tokenizer.size`` on are tokens not drawn yet.
-        tokenizer: decodes the rest.
+        states: (L,) int64 each.
+        codec: turns (1, L) into one text.
     """
     kept = [state for index, state in enumerate(states) if not index or not torch.equal(state, states[index - 1])]
     if len(kept) > FILM_LINES:
         kept = [kept[round(index * (len(kept) - 1) / (FILM_LINES - 1))] for index in range(FILM_LINES)]
-    return [_line(state.tolist(), tokenizer) for state in kept]
-
-
-def _line(state: Sequence[int], tokenizer: Any) -> str:
-    parts: list[str] = []
-    run: list[int] = []
-    for token in [*state, -1]:
-        if 0 <= token < tokenizer.size:
-            run.append(token)
-            continue
-        if run:
-            parts.append(tokenizer.decode(run))
-            run = []
-        parts.append(HOLE if token >= 0 else "")
-    return "".join(parts).replace("\n", "\\n")
+    return [codec.decode(state[None])[0].replace("\n", "\\n") for state in kept]
 
 
 def table(rows: Sequence[Mapping[str, Any]], head: str) -> str:
