@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from datamodules import shards
 from datamodules.bad import BadSamples
 from datamodules.loader import Loader, SizedLoader
+from datamodules.mixture import Concatenated, Mixed, shares_of
 from datamodules.order import InOrder, Ints, Order, held_out_batches, micro_batches
 from datamodules.shards import Source
 
@@ -20,24 +21,8 @@ Patterns = str | Sequence[str]
 Mixture = Mapping[str, Mapping[str, Any]]
 
 GIB = 2**30
+_ANNOUNCED = 4096  # samples of a window that are looked up to learn its shards
 _PART = ("path", "weight", "repeat")
-
-
-class Sequenced(Protocol):
-    """An endless sequence of items: what stands at each position is a pure function of the position.
-
-    For samples the call returns (epochs, samples), as :class:`datamodules.order.Lookup` says. A module whose items
-    are not single samples may return anything that its own reader understands.
-    """
-
-    def __call__(self, positions: Ints) -> Any:
-        """What stands at the positions, int64 (n,)."""
-
-    def length(self) -> int:
-        """Items per epoch."""
-
-    def meaning(self) -> dict[str, Any]:
-        """Settings that define the sequence, for the checkpoint."""
 
 
 class ShardData(L.LightningDataModule):
@@ -52,12 +37,14 @@ class ShardData(L.LightningDataModule):
     * ``reader(split, lookup, training)`` (required): turns positions into a batch. It looks positions up in
       ``lookup``, reads from ``self.source_of(split)`` and reports what it cannot use to ``self.bad_of(split)``.
     * ``check_source(source, setting)``: refuse, with ``ValueError``, a set that lacks members the module needs.
-    * ``sequence(source)``: the endless training sequence of one source; by default samples in shuffled order. A
-      mixture makes one per source and mixes their items.
+    * ``sequence(source, number)``: the endless training sequence of one source, the ``number``-th of a mixture; by
+      default samples in shuffled order.
+    * ``mixed(sequences, parts)``: several of them as one; by default item by item, in the proportions of ``parts``.
     * ``arrange(lookup)``: the last word on the whole training sequence, e.g. one aspect ratio per update.
     * ``held_out(source)``: the finite sequence of a source whose items are visited once for validation.
+    * ``upcoming(positions)``: numbers of the samples trained on at about these positions, for fetching their shards.
     * ``key_at(position)``: name of the item at a training position, by default the key of its sample.
-    * ``facts()``: more entries for ``describe``; ``measures()``: more entries for ``health``.
+    * ``facts()``: more entries for ``describe``.
     * ``check_limits({"length": (self.length >= 1, "at least 1 token", "1024")})``: called in the constructor, refuses
       settings out of their range.
 
@@ -124,7 +111,7 @@ class ShardData(L.LightningDataModule):
                 "workers": (workers >= 0, "0 (no threads) or more", "2"),
                 "window": (window >= 1, "at least 1 shard", "16"),
                 "max_bad_fraction": (0 <= max_bad_fraction <= 1, "a share between 0 and 1", "0.001"),
-                "cache_gib": (cache_gib > 0, "more than 0 GiB", "20"),
+                "cache_gib": (cache_gib > 0, "more than 0 GiB", "64"),
             }
         )
         self._sources: dict[str, Source] = {}
@@ -132,8 +119,10 @@ class ShardData(L.LightningDataModule):
         self._bad: dict[str, BadSamples] = {}
         self._loaders: weakref.WeakSet[Loader[Ints, Batch]] = weakref.WeakSet()
         self._sequences: list[Any] = []
+        self._mixture: Any = None
         self._training: Any = None
         self._restored: tuple[int, str] | None = None
+        self._feeding: tuple[Loader[Ints, Batch], Reader] | None = None
 
     # What a concrete module fills in
 
@@ -154,17 +143,36 @@ class ShardData(L.LightningDataModule):
             ValueError: it lacks members, or holds values out of range.
         """
 
-    def sequence(self, source: Source) -> Sequenced:
-        """The endless training sequence of one source."""
-        return Order(source.counts, self.seed, self.window)
+    def sequence(self, source: Source, number: int) -> Any:
+        """The endless training sequence of one source.
+
+        Args:
+            source: the samples.
+            number: which source of a mixture it is, so that each is shuffled in its own way; 0 without a mixture.
+        """
+        return Order(source.counts, self.seed, self.window, source=number)
+
+    def mixed(self, sequences: list[Any], parts: Mixture) -> Any:
+        """The endless training sequences of several sources as one.
+
+        Args:
+            sequences: one per source.
+            parts: settings of the sources in the same order, with ``weight`` or ``repeat``.
+        """
+        return Mixed(sequences, shares_of(parts, [sequence.length() for sequence in sequences]))
 
     def arrange(self, lookup: Any) -> Any:
         """The training sequence as it is read, from that of the source or of the mixture."""
         return lookup
 
-    def held_out(self, source: Source) -> Sequenced:
+    def held_out(self, source: Source) -> Any:
         """The items of a source, each once, in the order of the shard list."""
         return InOrder(int(source.counts.sum()))
+
+    def upcoming(self, positions: Ints) -> Ints:
+        """Samples that are trained on at about these positions, so that their shards can be fetched beforehand."""
+        samples: Ints = self._mixture(positions)[1]
+        return samples
 
     def key_at(self, position: int) -> str:
         """Name of the item at a training position."""
@@ -173,10 +181,6 @@ class ShardData(L.LightningDataModule):
 
     def facts(self) -> dict[str, Any]:
         """More entries for :meth:`describe`."""
-        return {}
-
-    def measures(self) -> dict[str, float]:
-        """More entries for :meth:`health`."""
         return {}
 
     # Set-up
@@ -251,13 +255,29 @@ class ShardData(L.LightningDataModule):
         """
         position = self.samples
         found = {
-            "data/epoch": position / _length(self.training_sequence()),
+            "data/epoch": position / self.training_sequence().length(),
             "data/bad_samples": float(self.bad_samples),
         }
         for source in self._sources.values():
             for name, value in (source.health() if hasattr(source, "health") else {}).items():
                 found[f"data/{name}"] = found.get(f"data/{name}", 0.0) + value
-        return found | self.measures()
+        if self._parts:
+            drawn = self._mixture.schedule.counts(position)
+            for name, sequence, items in zip(self._parts, self._sequences, drawn, strict=True):
+                found[f"data/epoch_{name}"] = items / sequence.length()
+                found[f"data/share_{name}"] = items / max(1, position)
+        return found
+
+    def spent(self) -> dict[str, float]:
+        """Seconds that the reader threads together have spent on training batches, to find out what is slow.
+
+        Returns:
+            "busy": in all; "reading": of these on getting bytes, the rest being work on them.
+        """
+        if self._feeding is None:
+            return {"busy": 0.0, "reading": 0.0}
+        loader, reader = self._feeding
+        return {"busy": loader.busy, "reading": float(getattr(reader, "reading", 0.0))}
 
     def state_dict(self) -> dict[str, Any]:
         """Position and everything that gives it its meaning; equal on all ranks."""
@@ -319,7 +339,9 @@ class ShardData(L.LightningDataModule):
         """Endless micro-batches of this rank; an iterator starts at the position that holds when it is made."""
         self.accumulation_for(self.rank_and_world()[1])
         reader = self.reader("train", self.training_sequence(), training=True)
-        return self._track(Loader(self._plans, reader, self.workers))
+        loader = Loader(self._plans, reader, self.workers)
+        self._feeding = (loader, reader)
+        return self._track(loader)
 
     def val_dataloader(self) -> Loader[Ints, Batch] | list[Any]:
         """Every validation item once, in order; all ranks get equally many batches, none of them empty."""
@@ -328,7 +350,7 @@ class ShardData(L.LightningDataModule):
         rank, world_size = self.rank_and_world()
         items = self.held_out(self.source_of("val"))
         size = self.val_batch_size or self.batch_size // self.accumulation_for(world_size)
-        plans = held_out_batches(_length(items), size, rank, world_size)
+        plans = held_out_batches(items.length(), size, rank, world_size)
         return self._track(SizedLoader(plans, self.reader("val", items, training=False), self.workers))
 
     # For readers
@@ -350,9 +372,7 @@ class ShardData(L.LightningDataModule):
                 name: self._open(_path(part, f"{setting}.{name}"), f"{setting}.{name}.path")
                 for name, part in patterns.items()
             }
-            from datamodules import mixture
-
-            self._sources[split] = mixture.Concatenated(list(self._parts.values()))
+            self._sources[split] = Concatenated(self._parts)
         else:
             self._sources[split] = self._open(patterns, setting)
         return self._sources[split]
@@ -367,15 +387,11 @@ class ShardData(L.LightningDataModule):
         """The one endless sequence that all ranks train on."""
         if self._training is None:
             source = self.source_of("train")
-            parts = list(self._parts.values()) if self._mixed else [source]
-            self._sequences = [self.sequence(part) for part in parts]
-            lookup: Any = self._sequences[0]
-            if isinstance(self.train, Mapping):
-                from datamodules import mixture
-
-                quotas = mixture.shares_of(self.train, [sequence.length() for sequence in self._sequences])
-                lookup = mixture.Mixed(self._sequences, quotas)
-            self._training = self.arrange(lookup)
+            parts = list(self._parts.values()) or [source]
+            self._sequences = [self.sequence(part, number) for number, part in enumerate(parts)]
+            mixed = self.mixed(self._sequences, self.train) if isinstance(self.train, Mapping) else None
+            self._mixture = mixed or self._sequences[0]
+            self._training = self.arrange(self._mixture)
         return self._training
 
     @property
@@ -404,13 +420,7 @@ class ShardData(L.LightningDataModule):
 
     # Details
 
-    @property
-    def _mixed(self) -> bool:
-        return isinstance(self.train, Mapping)
-
     def _open(self, patterns: Patterns, setting: str) -> Source:
-        if not hasattr(shards, "open_source"):
-            return self._open_local(patterns, setting)
         source = shards.open_source(
             patterns,
             self.root,
@@ -424,18 +434,6 @@ class ShardData(L.LightningDataModule):
         self.check_source(source, setting)
         return source
 
-    def _open_local(self, patterns: Patterns, setting: str) -> Any:
-        from datamodules.folders import ImageFolder
-
-        paths = shards.find(patterns, self.root, setting, self.allow_missing)
-        source: Any
-        if len(paths) == 1 and paths[0].is_dir():
-            source = ImageFolder(paths[0], setting)
-        else:
-            source = shards.ShardSet(paths, setting, self.max_bad_fraction, open_shards=max(64, 2 * self.window))
-        self.check_source(source, setting)
-        return source
-
     def _plans(self) -> Iterator[Ints]:
         rank, world_size = self.rank_and_world()
         start = self.samples
@@ -445,7 +443,22 @@ class ShardData(L.LightningDataModule):
             assert start >= saved, f"restored at sample {saved}, but training would continue at {start}"
             assert start > saved or self._named(start, key), (start, key)
         micro_batch = self.batch_size // (world_size * self.accumulation_for(world_size))
-        return micro_batches(start, self.batch_size, micro_batch, rank, world_size)
+        plans = micro_batches(start, self.batch_size, micro_batch, rank, world_size)
+        source = self.source_of("train")
+        return self._announced(plans, source) if source.health() else plans  # only shards from elsewhere count hits
+
+    def _announced(self, plans: Iterator[Ints], source: Source) -> Iterator[Ints]:
+        """Tell the source a shuffle window ahead which samples come, so that their shards are fetched meanwhile."""
+        ahead = max(1, int(source.counts.mean() * self.window))
+        step = -(-ahead // _ANNOUNCED)
+        told = -1
+        for plan in plans:
+            begin = int(plan[0])
+            if told < begin:
+                # The first time from the present window on, then the following one, whose shards are then known.
+                told = max(told, begin - 1) + ahead
+                source.expect(self.upcoming(np.arange(begin, told + ahead, step, dtype=np.int64)))
+            yield plan
 
     def _track(self, loader: Loader[Ints, Batch]) -> Loader[Ints, Batch]:
         self._loaders.add(loader)
@@ -464,15 +477,7 @@ class ShardData(L.LightningDataModule):
         return now == key or "#" in (now[:1], key[:1])
 
     def _meaning(self) -> dict[str, Any]:
-        return {**_meaning(self.training_sequence()), "fingerprint": self.source_of("train").fingerprint}
-
-
-def _length(lookup: Any) -> int:
-    return int(lookup.length() if hasattr(lookup, "length") else lookup.total)
-
-
-def _meaning(lookup: Any) -> dict[str, Any]:
-    return dict(lookup.meaning()) if hasattr(lookup, "meaning") else {"seed": lookup.seed, "window": lookup.window}
+        return {**self.training_sequence().meaning(), "fingerprint": self.source_of("train").fingerprint}
 
 
 _PLACE = ("samples", "next_key")

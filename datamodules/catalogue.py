@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 FILE_NAME = "index.json"
 FORMAT = 1
@@ -35,16 +36,22 @@ class Catalogue:
         licence: licence text or name.
         sources: versions of what the data was made from, e.g. {"scikit-learn": "1.9.1"}.
         shards: file name to entry.
+        card: how members are to be understood, per extension, e.g. {"lat": {"dtype": "float16", "shape": [8, 4, 4]}};
+            empty where nothing needs saying.
     """
 
     dataset: str
     licence: str
     sources: dict[str, str]
     shards: dict[str, ShardEntry]
+    card: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Text of the file; equal catalogues give equal bytes."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+        content = {"format": FORMAT, **asdict(self)}
+        if not self.card:
+            del content["card"]
+        return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
 def read(folder: Path) -> Catalogue | None:
@@ -55,16 +62,35 @@ def read(folder: Path) -> Catalogue | None:
     """
     path = folder / FILE_NAME
     try:
-        content = json.loads(path.read_text())
+        return parse(path.read_bytes(), path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}). {_DELETE}") from error
+
+
+def parse(text: bytes, path: Path | str) -> Catalogue:
+    """Catalogue from the content of its file.
+
+    Args:
+        text: the content.
+        path: where it comes from, for messages.
+
+    Raises:
+        ValueError: it cannot be understood.
+    """
+    try:
+        content = json.loads(text)
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}). {_DELETE}") from error
     try:
         if content["format"] != FORMAT:
             raise ValueError(f"{path} has format {content['format']}, this version reads {FORMAT}. Make it again.")
         shards = {name: ShardEntry(**entry) for name, entry in content["shards"].items()}
-        return Catalogue(content["dataset"], content["licence"], content["sources"], shards)
+        card = content.get("card", {})
+        if not isinstance(card, dict):
+            raise TypeError("card is not a mapping")
+        return Catalogue(content["dataset"], content["licence"], content["sources"], shards, card)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a shard index ({type(error).__name__}: {error}). {_DELETE}") from error
 

@@ -2,12 +2,15 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from datamodules import tarindex
 from datamodules.order import Ints, fingerprint
-from datamodules.shards import BadSample
+from datamodules.source import BadSample, Bytes, Measure, Members, measure_rows
 from datamodules.transforms import IMAGE_EXTENSIONS
 
 
@@ -46,6 +49,7 @@ class ImageFolder:
         self._labels = {name: int(name) if numeric else rank for rank, name in enumerate(self.class_names)}
         self.names = [root.name]
         self.counts: Ints = np.array([len(self.files)], dtype=np.int64)
+        self.starts: Ints = np.array([0, len(self.files)], dtype=np.int64)
         self.classes: list[Counter[int]] | None = None
         if self.class_names:
             self.classes = [Counter(self._labels[name.split("/", 1)[0]] for name in self.files)]
@@ -63,7 +67,7 @@ class ImageFolder:
         """Members that samples have."""
         return (*IMAGE_EXTENSIONS, "cls") if self.class_names else IMAGE_EXTENSIONS
 
-    def read(self, sample: int) -> dict[str, bytes]:
+    def read(self, sample: int) -> Members:
         """Bytes of the image, and its class as decimal text if it has one.
 
         Raises:
@@ -71,15 +75,87 @@ class ImageFolder:
         """
         name = self.files[sample]
         try:
-            members = {name.rpartition(".")[2].lower(): (self.root / name).read_bytes()}
+            members = {_kind(name): (self.root / name).read_bytes()}
         except OSError as error:
             raise BadSample(f"{self.root / name}: {error.strerror or error}") from error
         if self.class_names:
             members["cls"] = str(self._labels[name.split("/", 1)[0]]).encode()
         return members
 
+    def sizes(self, shard: int, extension: str) -> Ints:
+        """Bytes of every file with this extension, 0 for the others and for what has gone; int64 (n,)."""
+        return np.array([self._size(name) if _kind(name) == extension else 0 for name in self.files], dtype=np.int64)
+
+    def described(self, name: str) -> dict[str, Any]:
+        """Nothing: a folder of images has no card."""
+        return {}
+
+    def measured(self, shard: int, name: str, measure: Measure, width: int) -> Ints:
+        """Numbers about every image, int64 (n, width): from the cache while no file changes, else measured once."""
+        count = len(self.files)
+        stats = [(self.root / file).stat() for file in self.files if (self.root / file).exists()]
+        total, newest = sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
+        known_as = f"{self.root.absolute()}\0{self.fingerprint}\0{total}\0{newest}"
+        kept = tarindex.cache_file(known_as, name)
+        table = tarindex.read_measured(kept, total, name, (count, width))
+        if table is None:
+            table = measure_rows(self.read, count, measure, width)
+            tarindex.keep_measured(kept, total, name, table)
+        return table
+
+    def gather(self, samples: Ints, extension: str, out: Bytes) -> None:
+        """Copy files of equal size into the rows of ``out``, uint8 (n, size).
+
+        Raises:
+            BadSample: a file is missing, unreadable or of another size; ``row`` says which.
+        """
+        count, size = out.shape
+        begins = np.zeros(count, dtype=np.int64)
+        for row, data in enumerate(self._contents(samples, extension)):
+            if len(data) != size:
+                where = self.root / self.files[int(samples[row])]
+                raise BadSample(f"{where}: it has {len(data)} bytes, expected {size}", row=row)
+        self.pieces(samples, extension, begins, begins + size, out, np.arange(count, dtype=np.int64) * size)
+
+    def pieces(self, samples: Ints, extension: str, begins: Ints, lengths: Ints, out: Bytes, at: Ints) -> None:
+        """Copy a part of each of several files to places in ``out``.
+
+        Raises:
+            BadSample: a file is missing, unreadable or too short; ``row`` says which.
+        """
+        flat = out.reshape(-1)
+        for row, data in enumerate(self._contents(samples, extension)):
+            part = data[int(begins[row]) : int(begins[row] + lengths[row])]
+            if len(part) != lengths[row]:
+                raise BadSample(f"{self.root / self.files[int(samples[row])]}: it has {len(data)} bytes", row=row)
+            flat[int(at[row]) : int(at[row]) + len(part)] = np.frombuffer(part, dtype=np.uint8)
+
+    def expect(self, samples: Ints) -> None:
+        """Nothing to do: they are here."""
+
+    def health(self) -> dict[str, float]:
+        """Nothing to count."""
+        return {}
+
     def close(self) -> None:
         """Nothing is kept open."""
+
+    def _contents(self, samples: Ints, extension: str) -> Iterator[bytes]:
+        for row, sample in enumerate(samples.tolist()):
+            members = self.read(sample)
+            if extension not in members:
+                raise BadSample(f"{self.root / self.files[sample]}: it is no .{extension} file", row=row)
+            yield members[extension]
+
+    def _size(self, name: str) -> int:
+        try:
+            return (self.root / name).stat().st_size
+        except OSError:
+            return 0
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2].lower()
 
 
 def _image_files(root: Path) -> list[str]:
@@ -87,5 +163,5 @@ def _image_files(root: Path) -> list[str]:
     for folder, _, names in os.walk(root, followlinks=True):
         inner = Path(folder).relative_to(root).as_posix()
         prefix = "" if inner == "." else f"{inner}/"
-        found += [prefix + name for name in names if name.lower().rpartition(".")[2] in IMAGE_EXTENSIONS]
+        found += [prefix + name for name in names if _kind(name) in IMAGE_EXTENSIONS]
     return found

@@ -1,7 +1,12 @@
-"""From positions to batches of images: read, decode, label, flip, and account for what cannot be read."""
+"""From positions to batches: look up, read once per sample, hand the members to what fills the batch, replace the bad.
 
-from functools import partial
-from typing import Any
+A batch is filled by columns. Each makes one or more entries of the batch: pixels, labels, captions. A column lives for
+one batch; what it needs for all batches it gets from the function that makes it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -9,49 +14,66 @@ import torch
 from datamodules.bad import BadSamples
 from datamodules.loader import Buffers
 from datamodules.order import Ints, Lookup, sample_bits
-from datamodules.shards import BadSample, Source
-from datamodules.transforms import IMAGE_EXTENSIONS, Pixels, decode_into
+from datamodules.source import BadSample, Source, place
+from datamodules.transforms import decode_into, picture_of
 
 Batch = dict[str, Any]
+Members = dict[str, bytes]
 
 
-class ImageReader:
-    """Turns positions into a batch: order -> bytes -> pixels, labels and keys. Safe to call from several threads.
+class Items(NamedTuple):
+    """What a batch is made of.
+
+    Attributes:
+        positions: int64 (B,).
+        epochs: int64 (B,).
+        samples: sample numbers, int64 (B,); a replacement changes its entry.
+        bucket: number of the aspect ratio that all of them share; None without buckets.
+    """
+
+    positions: Ints
+    epochs: Ints
+    samples: Ints
+    bucket: int | None
+
+
+class Column(Protocol):
+    """Fills some entries of one batch."""
+
+    def take(self, row: int, sample: int, members: Members) -> None:
+        """Use one sample; a later call for the same row replaces it.
+
+        Raises:
+            ValueError: the sample cannot be used; the message does not name it, or is a ``BadSample`` that does.
+        """
+
+    def entries(self) -> Batch:
+        """The finished entries, after every row was filled."""
+
+
+Columns = Callable[[Items], Column]
+
+
+class SampleReader:
+    """Turns positions into a batch; safe to call from several threads.
 
     Args:
         source: the samples.
-        order: which sample stands at a position.
-        bad: account of unreadable samples.
-        size: height and width of the batch's images in pixels.
-        channels: 1 (grey) or 3 (RGB).
-        num_classes: labels must lie in 0..num_classes-1; 0 leaves labels out of the batch.
-        label_offset: added to every stored class.
-        flip_seed: seed of the random horizontal flip; None for no flip.
-        buffers: how many image buffers are kept for reuse.
+        lookup: which sample stands at a position; one with a ``bucket`` method gives every batch an aspect ratio.
+        bad: account of unusable samples.
+        columns: each makes the column of one batch from its items.
+
+    Attributes:
+        reading: seconds spent so far on getting bytes; the rest of the time goes into decoding.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        order: Lookup,
-        bad: BadSamples,
-        *,
-        size: int,
-        channels: int,
-        num_classes: int,
-        label_offset: int = 0,
-        flip_seed: int | None = None,
-        buffers: int = 8,
-    ) -> None:
+    def __init__(self, source: Source, lookup: Lookup, bad: BadSamples, columns: Sequence[Columns]) -> None:
         self.source = source
-        self.order = order
-        self.size = size
-        self.channels = channels
-        self.num_classes = num_classes
-        self.label_offset = label_offset
-        self.flip_seed = flip_seed
-        self._buffers = Buffers(buffers)
+        self.lookup = lookup
+        self.columns = tuple(columns)
+        self.reading = 0.0
         self._bad = bad
+        self._bucket: Callable[[Ints], int] | None = getattr(lookup, "bucket", None)
 
     def __call__(self, positions: Ints) -> Batch:
         """Read one batch.
@@ -60,60 +82,130 @@ class ImageReader:
             positions: int64 (B,).
 
         Returns:
-            "image": uint8 (B, C, H, W), a channels-last view; "label": int64 (B,) if there are classes; "key": B
-            strings. Where a sample cannot be read and ``data.max_bad_fraction`` allows it, the next readable one in the
-            order stands in its place, whatever the number of ranks or workers.
+            The entries of all columns, and "key", a list of B strings. Where a sample cannot be used and
+            ``data.max_bad_fraction`` allows it, the next usable one in the order stands in its place, whatever the
+            number of ranks or workers.
 
         Raises:
-            ValueError: more samples are unreadable, or have a label out of range, than allowed.
+            ValueError: more samples than allowed cannot be used.
         """
-        epochs, samples = self.order(positions)
-        pixels = self._buffers.take((len(positions), self.size, self.size, self.channels))
-        labels = np.zeros(len(positions), dtype=np.int64)
-        for row, position in enumerate(positions):
+        epochs, samples = self.lookup(positions)
+        items = Items(positions, epochs, samples, self._bucket(positions) if self._bucket else None)
+        columns = [column(items) for column in self.columns]
+        takes = [column.take for column in columns]
+        read, clock, reading = self.source.read, time.perf_counter, 0.0
+        for row, sample in enumerate(samples.tolist()):
+            begin = clock()
             try:
-                labels[row] = self._read(int(samples[row]), pixels[row])
-            except BadSample as error:
-                self._bad.add(int(samples[row]), error)
-                read = partial(self._read, out=pixels[row])
-                samples[row], labels[row] = self._bad.replacement(int(position), self.order, read)
-        if self.flip_seed is not None:
-            mirrored = (sample_bits(self.flip_seed, epochs, samples) & np.uint64(1)).astype(bool)
-            pixels[mirrored] = pixels[mirrored, :, ::-1]
-        batch: Batch = {"image": torch.from_numpy(pixels).permute(0, 3, 1, 2)}
-        if self.num_classes:
-            batch["label"] = torch.from_numpy(labels)
-        batch["key"] = [self.source.key(int(sample)) for sample in samples]
+                members = read(sample)
+                reading += clock() - begin
+                for take in takes:
+                    take(row, sample, members)
+            except ValueError as error:
+                self._bad.add(sample, self._named(sample, error))
+                samples[row] = self._replace(takes, row, int(positions[row]))
+        self.reading += reading  # threads may lose each other a batch's time, which does not matter here
+        batch: Batch = {}
+        for column in columns:
+            batch |= column.entries()
+        key = self.source.key
+        batch["key"] = [key(sample) for sample in samples.tolist()]
         return batch
 
-    def _read(self, sample: int, out: Pixels) -> int:
-        """Decode one sample into ``out`` and return its label (0 without classes)."""
-        members = self.source.read(sample)
-        data = next((members[kind] for kind in IMAGE_EXTENSIONS if kind in members), None)
-        if data is None:
-            raise BadSample(f"{self._place(sample)}: no image among its members ({', '.join(members)})")
-        try:
-            decode_into(data, out)
-        except ValueError as error:
-            raise BadSample(f"{self._place(sample)}: {error}") from error
-        return self._label(sample, members) if self.num_classes else 0
+    def _replace(self, takes: Sequence[Callable[[int, int, Members], None]], row: int, position: int) -> int:
+        def read(sample: int) -> None:
+            try:
+                members = self.source.read(sample)
+                for take in takes:
+                    take(row, sample, members)
+            except ValueError as error:
+                raise self._named(sample, error) from error
 
-    def _label(self, sample: int, members: dict[str, bytes]) -> int:
+        return self._bad.replacement(position, self.lookup, read)[0]
+
+    def _named(self, sample: int, error: ValueError) -> BadSample:
+        if isinstance(error, BadSample):
+            return error
+        return BadSample(f"{place(self.source, sample)}: {error}")
+
+
+class Pictures:
+    """The column "image": uint8 (B, C, H, W), a channels-last view of a recycled buffer.
+
+    With a flip seed there is "flip" too, bool (B,): which images are to be mirrored, drawn from (seed, epoch, sample).
+
+    Args:
+        items: the batch's items.
+        shape: height and width in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        buffers: where the memory comes from.
+        flip_seed: seed of the horizontal flip; None for no flip.
+        ratio: becomes the entry "bucket"; None for no such entry.
+    """
+
+    def __init__(
+        self,
+        items: Items,
+        shape: tuple[int, int],
+        channels: int,
+        buffers: Buffers,
+        flip_seed: int | None,
+        ratio: str | None,
+    ) -> None:
+        self._items = items
+        self._ratio = ratio
+        self._flip_seed = flip_seed
+        self._pixels = buffers.take((len(items.positions), *shape, channels))
+
+    def take(self, row: int, sample: int, members: Members) -> None:
+        """Decode the image of one sample."""
+        decode_into(picture_of(members), self._pixels[row])
+
+    def entries(self) -> Batch:
+        """The images, and which of them to mirror."""
+        batch: Batch = {"image": torch.from_numpy(self._pixels).permute(0, 3, 1, 2)}
+        if self._flip_seed is not None:
+            bits = sample_bits(self._flip_seed, self._items.epochs, self._items.samples)
+            batch["flip"] = torch.from_numpy((bits & np.uint64(1)).astype(bool))
+        if self._ratio is not None:
+            batch["bucket"] = self._ratio
+        return batch
+
+
+class Labels:
+    """The column "label": int64 (B,), from the member ``cls``.
+
+    Args:
+        items: the batch's items.
+        source: the samples, for messages.
+        num_classes: labels lie in 0..num_classes-1.
+        label_offset: added to every stored class.
+    """
+
+    def __init__(self, items: Items, source: Source, num_classes: int, label_offset: int) -> None:
+        self._source = source
+        self._num_classes = num_classes
+        self._offset = label_offset
+        self._labels = np.zeros(len(items.positions), dtype=np.int64)
+
+    def take(self, row: int, sample: int, members: Members) -> None:
+        """Read the class of one sample."""
         text = members.get("cls")
         if text is None:
-            raise BadSample(f"{self._place(sample)}: no class (.cls) among its members ({', '.join(members)})")
+            raise ValueError(f"no class (.cls) among its members ({', '.join(members)})")
         try:
-            label = int(text) + self.label_offset
+            label = int(text) + self._offset
         except ValueError as error:
-            raise BadSample(f"{self._place(sample)}: the class is {text[:20]!r}, expected a whole number") from error
-        if not 0 <= label < self.num_classes:
+            raise ValueError(f"the class is {text[:20]!r}, expected a whole number") from error
+        if not 0 <= label < self._num_classes:
             raise BadSample(
-                f"Label {label} in shard {self._place(sample)}, but data.num_classes={self.num_classes} allows "
-                f"0..{self.num_classes - 1} (stored class {label - self.label_offset}, "
-                f"data.label_offset={self.label_offset})",
+                f"Label {label} in shard {place(self._source, sample)}, but data.num_classes={self._num_classes} "
+                f"allows 0..{self._num_classes - 1} (stored class {label - self._offset}, "
+                f"data.label_offset={self._offset})",
                 advice="Correct data.label_offset or data.num_classes.",
             )
-        return label
+        self._labels[row] = label
 
-    def _place(self, sample: int) -> str:
-        return f"{self.source.shard(sample)}, sample {self.source.key(sample)}"
+    def entries(self) -> Batch:
+        """The labels."""
+        return {"label": torch.from_numpy(self._labels)}

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from datamodules.base import ShardData
-from datamodules.imagereader import ImageReader
-from datamodules.loader import SizedLoader
-from datamodules.order import InOrder, Lookup
-from datamodules.shards import Source
-from datamodules.transforms import IMAGE_EXTENSIONS
+from datamodules.buckets import BucketOrder, Buckets
+from datamodules.imagereader import Columns, Items, Labels, Pictures, SampleReader
+from datamodules.loader import Buffers, SizedLoader
+from datamodules.order import InOrder, Ints, Lookup
+from datamodules.source import Source
+from datamodules.transforms import IMAGE_EXTENSIONS, picture_of, shape_of
 
 _REFERENCE_BATCH = 256
 
@@ -22,7 +23,8 @@ _REFERENCE_BATCH = 256
 class Images(ShardData):
     """Train and validation images as batches of uint8.
 
-    A batch is a dict: "image" uint8 (B, C, H, W); "label" int64 (B,) if there are classes; "key" list of B strings.
+    A batch is a dict: "image" uint8 (B, C, H, W); "label" int64 (B,) if there are classes; "key" list of B strings;
+    "bucket" the batch's ratio, e.g. "16:9", with ``buckets``.
     Training never ends by itself. Update s trains on the positions [s*G, (s+1)*G) of one endless sequence that depends
     on seed, window and shard list only, so ranks, workers and micro-batches may change from one start to the next.
 
@@ -40,7 +42,10 @@ class Images(ShardData):
         val_batch_size: validation samples per batch over all ranks; None for as many as a training pass takes.
         workers: reader threads per rank; 0 reads in the training thread.
         window: shards whose samples are mixed with one another.
-        flip: mirror half of the training images, drawn from (seed, epoch, sample).
+        flip: mirror half of the training images, drawn from (seed, epoch, sample). It happens on the training device:
+            batches leave the loader with "flip" bool (B,), and reach the module mirrored and without it.
+        buckets: shapes for training images of several aspect ratios. Every update has images of one shape, resized to
+            cover it and centre-cropped; None for squares. Validation always has squares.
         seed: seed of the order and of the flips.
         label_offset: added to every stored class, e.g. -1 for classes stored as 1..1000.
         allow_missing: accept that some of the named shards are absent.
@@ -68,12 +73,13 @@ class Images(ShardData):
         workers: int = 2,
         window: int = 16,
         flip: bool = False,
+        buckets: Buckets | None = None,
         seed: int = 0,
         label_offset: int = 0,
         allow_missing: bool = False,
         max_bad_fraction: float = 0.0,
         columns: Sequence[str] = (),
-        cache_gib: float = 20.0,
+        cache_gib: float = 64.0,
     ) -> None:
         super().__init__(
             root=root,
@@ -95,6 +101,7 @@ class Images(ShardData):
         self.channels = channels
         self.num_classes = num_classes
         self.flip = flip
+        self.buckets = buckets
         self.label_offset = label_offset
         self.check_limits(
             {
@@ -128,29 +135,73 @@ class Images(ShardData):
         images = torch.empty((count, self.channels, self.size, self.size), dtype=torch.uint8)
         labels = torch.zeros(count, dtype=torch.int64)
         begin = 0
-        for batch in SizedLoader(plans, self.reader(split, InOrder(total), training=False), self.workers):
+        reader = SampleReader(self.source_of(split), InOrder(total), self.bad_of(split), self.reference_columns(split))
+        for batch in SizedLoader(plans, reader, self.workers):
             end = begin + len(batch["key"])
             images[begin:end] = batch["image"]
             labels[begin:end] = batch.get("label", 0)
             begin = end
         return images, labels
 
-    def reader(self, split: str, lookup: Lookup, training: bool) -> ImageReader:
-        """A reader of the split's images, mirrored at random only in training."""
-        return ImageReader(
-            self.source_of(split),
-            lookup,
-            self.bad_of(split),
-            size=self.size,
-            channels=self.channels,
-            num_classes=self.num_classes,
-            label_offset=self.label_offset,
-            flip_seed=self.seed if self.flip and training else None,
-            buffers=self.buffers,
-        )
+    def reference_columns(self, split: str) -> list[Columns]:
+        """What fills the batches of ``reference_images``."""
+        return self.filled(split, training=False)
+
+    def reader(self, split: str, lookup: Lookup, training: bool) -> SampleReader:
+        """A reader of the split's samples, which draws at random only in training."""
+        return SampleReader(self.source_of(split), lookup, self.bad_of(split), self.filled(split, training))
+
+    def filled(self, split: str, training: bool) -> list[Columns]:
+        """What fills the entries of a batch."""
+        return [self.pictures(training), *([self.labels(split)] if self.num_classes else [])]
+
+    def pictures(self, training: bool) -> Columns:
+        """Fills "image", in training with the shape of the batch's bucket, and "flip"."""
+        buffers = Buffers(self.buffers)
+        flip_seed = self.seed if self.flip and training else None
+
+        def column(items: Items) -> Pictures:
+            shape, ratio = self.shape_for(items)
+            return Pictures(items, shape, self.channels, buffers, flip_seed, ratio if self.buckets else None)
+
+        return column
+
+    def shape_for(self, items: Items) -> tuple[tuple[int, int], str]:
+        """Height and width of a batch's images, and the name of their ratio."""
+        if self.buckets is None or items.bucket is None:
+            return (self.size, self.size), "1:1"
+        return self.buckets.shapes[items.bucket], self.buckets.names[items.bucket]
+
+    def labels(self, split: str) -> Columns:
+        """Fills "label"."""
+        source = self.source_of(split)
+        return lambda items: Labels(items, source, self.num_classes, self.label_offset)
+
+    def arrange(self, lookup: Any) -> Any:
+        """Updates of one aspect ratio each, if there are buckets."""
+        if self.buckets is None:
+            return lookup
+        source = self.source_of("train")
+
+        def shapes(shard: int) -> Ints:
+            return source.measured(shard, "shape", lambda members: shape_of(picture_of(members)), 2)
+
+        return BucketOrder(lookup, self.buckets, shapes, self.batch_size)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Mirror the images that "flip" says, all at once where they are, which costs a core nothing."""
+        if isinstance(batch, dict) and "flip" in batch:
+            image, flip = batch["image"], batch.pop("flip")
+            batch["image"] = torch.where(flip[:, None, None, None], image.flip(3), image)
+        return batch
 
     def check_source(self, source: Source, setting: str) -> None:
         """Refuse a source without images, or whose labels do not fit ``num_classes``."""
+        self.check_images(source, setting)
+        self.check_classes(source, setting)
+
+    def check_images(self, source: Source, setting: str) -> None:
+        """Refuse a source without images."""
         members = source.extensions()
         listed = ", ".join(f".{name}" for name in members)
         if not set(IMAGE_EXTENSIONS) & set(members):
@@ -158,15 +209,16 @@ class Images(ShardData):
                 f"{setting}: the samples of {source.names[0]} have {listed}, but no image "
                 f"({', '.join(f'.{name}' for name in IMAGE_EXTENSIONS)}). Set {setting} to image shards."
             )
+
+    def check_classes(self, source: Source, setting: str) -> None:
+        """Refuse labels that are absent, or out of range where the classes are known beforehand."""
+        members = source.extensions()
+        listed = ", ".join(f".{name}" for name in members)
         if self.num_classes and "cls" not in members:
             raise ValueError(
                 f"{setting}: the samples of {source.names[0]} have {listed}, but no class (.cls), and "
                 f"data.num_classes={self.num_classes} wants one. Set data.num_classes=0, or use shards with classes."
             )
-        self._check_classes(source)
-
-    def _check_classes(self, source: Source) -> None:
-        """Refuse labels out of range before anything is built, where the classes are known beforehand."""
         if not self.num_classes or source.classes is None:
             return
         stored = sorted(sum(source.classes, Counter[int]()))

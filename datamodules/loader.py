@@ -2,12 +2,14 @@
 
 import atexit
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import DTypeLike, NDArray
 from torchdata.nodes import IterableWrapper, ParallelMapper
 
@@ -26,11 +28,15 @@ class Loader(Generic[P, B]):
         plans: returns an iterator over plans, one per batch.
         read: turns one plan into one batch; called from several threads at once.
         workers: number of threads; 0 reads in the caller's thread. Up to 2 * workers finished batches wait in memory.
+
+    Attributes:
+        busy: seconds that all threads together have spent on making batches.
     """
 
     def __init__(self, plans: Callable[[], Iterable[P]], read: Callable[[P], B], workers: int) -> None:
+        self.busy = 0.0
         self._plans = plans
-        self._read = read
+        self._made = read
         self._workers = workers
         self._running: weakref.WeakSet[_Threads[Any, B]] = weakref.WeakSet()
 
@@ -45,6 +51,12 @@ class Loader(Generic[P, B]):
             yield from threads
         finally:
             threads.close()
+
+    def _read(self, plan: P) -> B:
+        begin = time.perf_counter()
+        batch = self._made(plan)
+        self.busy += time.perf_counter() - begin
+        return batch
 
     def close(self) -> None:
         """Stop and join the threads of all iterators of this loader."""
@@ -124,6 +136,7 @@ class _Threads(Generic[P, B]):
         def guarded_read(plan: P | _Failure) -> B | _Failure:
             if isinstance(plan, _Failure):
                 return plan
+            _compute_alone()
             try:
                 return read(plan)
             except Exception as error:
@@ -163,6 +176,24 @@ class _Threads(Generic[P, B]):
         del node
 
 
+def _compute_alone() -> None:
+    """Let this thread compute with one core: resizing in every reader thread on all cores would be a crowd.
+
+    The number that torch gives to threads yet to come is process-wide, so another thread sets it back.
+    """
+    if getattr(_thread, "alone", False):
+        return
+    with _setting:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        others = threading.Thread(target=torch.set_num_threads, args=(before,))
+        others.start()
+        others.join()
+    _thread.alone = True
+
+
+_thread = threading.local()
+_setting = threading.Lock()
 _live: "weakref.WeakSet[_Threads[Any, Any]]" = weakref.WeakSet()
 
 

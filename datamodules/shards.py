@@ -1,80 +1,46 @@
-"""Tar shards as a random-access sequence of samples: which files, how many samples, and the bytes of sample i."""
+"""Tar shards as a random-access sequence of samples: how many there are, and the bytes of sample i."""
 
-import difflib
+import contextlib
+import dataclasses
 import logging
 import os
 import re
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
-from glob import glob, has_magic
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
-from webdataset.shardlists import expand_urls
 
-from datamodules import catalogue, tarindex
-from datamodules.order import Ints, fingerprint
-from datamodules.tarindex import TarIndex, cache_folder
+from datamodules import catalogue, spans
+from datamodules.files import Files, LocalFiles
+from datamodules.order import Ints, fingerprint, groups
+from datamodules.patterns import find
+from datamodules.source import BadSample, Bytes, Measure, Members, Source, measure_rows
+from datamodules.spans import Handle
+from datamodules.stock import damage, take_stock
+from datamodules.tarindex import BLOCK, TarIndex, states
+
+__all__ = ["BadSample", "ShardSet", "Source", "find", "open_source"]
 
 log = logging.getLogger(__name__)
 
 _CHECKED_BYTES = 64 * 2**20  # sets up to this size are read and hashed before the start; it takes a moment
-_ANNOUNCED_BYTES = 2**30  # without index.json, more than this takes long enough to say so
-_RESTORE = "Restore the data, or accept such losses with e.g. data.max_bad_fraction=0.001."
-_NUMBERED = re.compile(r"(.*?)(\d+)\.tar$")
-
-
-class BadSample(ValueError):
-    """A sample that cannot be used.
-
-    Args:
-        text: what is wrong, naming shard and sample; no full stop at the end.
-        advice: what the user can do about it, a sentence.
-    """
-
-    def __init__(self, text: str, advice: str = _RESTORE) -> None:
-        super().__init__(text)
-        self.advice = advice
-
-
-class Source(Protocol):
-    """A numbered set of samples, the same for every rank and worker; safe to read from several threads.
-
-    Attributes:
-        names: names of the shards, in order.
-        counts: samples per shard, int64.
-        classes: per shard, samples per stored class; None if that is not known beforehand.
-        fingerprint: hash over names, counts and sizes; changes when the set changes.
-    """
-
-    names: list[str]
-    counts: Ints
-    classes: list[Counter[int]] | None
-    fingerprint: str
-
-    def key(self, sample: int) -> str:
-        """Key of a sample, for messages and ledgers."""
-
-    def shard(self, sample: int) -> str:
-        """Name of the shard that holds a sample."""
-
-    def read(self, sample: int) -> dict[str, bytes]:
-        """Members of a sample by extension.
-
-        Raises:
-            BadSample: the sample cannot be read.
-        """
+_CACHE_BYTES = 64 * 2**30
+_REMOTE = re.compile(r"pipe:|(?!file:)[a-z][a-z0-9+.-]*://")
 
 
 class ShardSet:
     """Samples of a list of tar shards, read by position through one index per shard.
 
-    Nothing is kept open but the shards in use, and no index but theirs is held in memory.
+    Nothing is kept open but the shards in use, and no index but theirs is held in memory: 12 bytes per member and
+    the longest key per sample of at most ``open_shards`` shards.
+
+    With index.json, counts and fingerprint are what it says, so that damage never moves a sample to another position.
 
     Args:
-        paths: shard files in order.
+        paths: shard files in order, or another place to get them from.
         setting: name of the setting that chose them, for messages, e.g. "data.train".
         max_bad_fraction: accepted share of unreadable samples; 0 refuses any damage.
         open_shards: how many files and indices are kept at hand; at least two shuffle windows.
@@ -84,274 +50,395 @@ class ShardSet:
     """
 
     def __init__(
-        self, paths: Sequence[Path], setting: str, max_bad_fraction: float = 0.0, open_shards: int = 64
+        self,
+        paths: Sequence[Path] | Files,
+        setting: str,
+        max_bad_fraction: float = 0.0,
+        open_shards: int = 64,
     ) -> None:
-        self.paths = list(paths)
-        self.names = [path.name for path in self.paths]
+        self.files: Files = LocalFiles(paths) if isinstance(paths, Sequence) else paths
+        self.names = self.files.names
         self.setting = setting
         self.strict = max_bad_fraction == 0
         self.open_shards = open_shards
-        listed = {folder: catalogue.read(folder) for folder in {path.parent for path in self.paths}}
-        self._entries = [index.shards.get(path.name) if (index := listed[path.parent]) else None for path in self.paths]
         self._indices: OrderedDict[int, TarIndex] = OrderedDict()
-        self._handles: OrderedDict[int, _Handle] = OrderedDict()
+        self._handles: OrderedDict[int, Handle] = OrderedDict()
         self._lock = threading.Lock()
-        sizes = [path.stat().st_size for path in self.paths]
+        self._loading = [threading.Lock() for _ in range(16)]
+        sizes = self.files.sizes
         self.bytes = sum(sizes)
-        self.counts: Ints = np.zeros(len(self.paths), dtype=np.int64)
-        self._take_stock(sizes, max_bad_fraction)
+        self.counts: Ints = take_stock(self.files, setting, max_bad_fraction, _CHECKED_BYTES)
         self.starts: Ints = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
-        self.fingerprint = fingerprint(self.names, self.counts, sizes)
+        stated = [entry.bytes if entry else size for entry, size in zip(self.files.entries, sizes, strict=True)]
+        self.fingerprint = fingerprint(self.names, self.counts, stated)
         self.classes = self._count_classes()
 
     def extensions(self) -> tuple[str, ...]:
-        """Member names of the first shard's samples."""
-        return self._index(0).extensions
+        """Member names of the first readable shard's samples."""
+        for shard in range(len(self.names)):
+            try:
+                if found := self._index(shard).extensions:
+                    return found
+            except OSError as error:
+                log.warning("%s: %s: %s", self.setting, self.names[shard], error.strerror or error)
+        return ()
 
     def shard(self, sample: int) -> str:
         """Name of the shard that holds a sample."""
         return self.names[self._locate(sample)[0]]
 
     def key(self, sample: int) -> str:
-        """Key of a sample; for a row that a damaged shard has lost, its number."""
+        """Key of a sample; for a row that a damaged or absent shard has lost, its number."""
         shard, row = self._locate(sample)
-        index = self._index(shard)
+        try:
+            index = self._index(shard)
+        except OSError:
+            return f"#{row}"
         return index.key(row) if row < len(index) else f"#{row}"
 
-    def read(self, sample: int) -> dict[str, bytes]:
+    def keys(self, shard: int) -> "np.ndarray[tuple[int], np.dtype[np.bytes_]]":
+        """Keys of all samples of a shard that can be read, bytes (n,).
+
+        Raises:
+            OSError: the shard is not to be had.
+        """
+        return self._index(shard).keys
+
+    def read(self, sample: int) -> Members:
         """Members of a sample by extension, in one read.
 
         Raises:
             BadSample: the shard is damaged, has gone, or ends inside the sample.
         """
         shard, row = self._locate(sample)
-        try:
-            index = self._index(shard)
-            handle = self._handle(shard)
-        except OSError as error:
-            raise BadSample(f"{self.names[shard]}, sample #{row}: {error.strerror or error}") from error
-        if index.problem and (self.strict or row >= len(index)):
-            raise BadSample(_damage(self.names[shard], index))
-        if row >= len(index):
-            raise BadSample(
-                f"{self.names[shard]}, sample #{row}: the shard holds {len(index)} samples, "
-                f"{catalogue.FILE_NAME} says {self.counts[shard]}"
-            )
+        index, handle = self._open(shard, row)
+        self._check_row(shard, row, index)
         offsets, sizes = index.offsets[row].tolist(), index.sizes[row].tolist()
-        begin = min(offset for offset in offsets if offset >= 0)
+        begin = min(offset for offset in offsets if offset >= 0) - BLOCK
         end = max(offset + size for offset, size in zip(offsets, sizes, strict=True))
-        data = os.pread(handle.file, end - begin, begin)
+        try:
+            data = os.pread(handle.file, end - begin, begin)
+        except OSError as error:
+            self._forget(shard)
+            raise self._unreadable(shard, index.key(row), error) from error
         if len(data) < end - begin:
-            raise BadSample(
-                f"{self.names[shard]}, sample {index.key(row)}: truncated at byte {begin + len(data)}, "
-                f"the sample ends at byte {end}"
-            )
+            raise BadSample(_cut(self.names[shard], index.key(row), begin + len(data), end))
+        for offset, size in zip(offsets, sizes, strict=True):
+            header = offset - BLOCK - begin
+            if offset >= 0 and not states(data[header : header + BLOCK], size):
+                raise self._misplaced(shard, row, offset - BLOCK)
         return {
             extension: data[offset - begin : offset - begin + size]
             for extension, offset, size in zip(index.extensions, offsets, sizes, strict=True)
             if offset >= 0
         }
 
+    def sizes(self, shard: int, extension: str) -> Ints:
+        """Bytes of one member for every sample of a shard; 0 where it is missing or the shard is damaged. (n,)."""
+        table = np.zeros(int(self.counts[shard]), dtype=np.int64)
+        try:
+            index = self._index(shard)
+        except OSError:
+            return table
+        if extension in index.extensions:
+            found = index.sizes[: len(table), index.extensions.index(extension)]
+            table[: len(found)] = found
+        return table
+
+    def described(self, name: str) -> dict[str, Any]:
+        """Entry of the data set's card, e.g. of a member; empty where index.json says nothing.
+
+        Raises:
+            ValueError: the folders of the set disagree.
+        """
+        found = [card.get(name, {}) for card in self.files.cards]
+        if any(entry != found[0] for entry in found):
+            raise ValueError(
+                f"{self.setting} joins folders whose {catalogue.FILE_NAME} disagree about {name}: "
+                f"{', '.join(map(str, found))}. Name shards that were made alike."
+            )
+        return dict(found[0]) if found else {}
+
+    def stored(self, shard: int, name: str, width: int) -> Ints | None:
+        """Measured numbers (n, width) if they are known without reading the samples, else None."""
+        try:
+            return self.files.stored(shard, name, (int(self.counts[shard]), width))
+        except OSError:
+            return None
+
+    def measured(self, shard: int, name: str, measure: Measure, width: int) -> Ints:
+        """Numbers about every sample of a shard, int64 (n, width): looked up, else measured once and kept.
+
+        Zeros for a sample that cannot be read or measured.
+        """
+        table = self.stored(shard, name, width)
+        if table is None:
+            start = int(self.starts[shard])
+            table = measure_rows(lambda row: self.read(start + row), int(self.counts[shard]), measure, width)
+            self.keep(shard, name, table)
+        return table
+
+    def keep(self, shard: int, name: str, table: Ints) -> None:
+        """Remember measured numbers in the user's cache."""
+        try:
+            self.files.store(shard, name, table)
+        except OSError as error:
+            log.warning("%s: %s", self.names[shard], error.strerror or error)
+
+    def gather(self, samples: Ints, extension: str, out: Bytes) -> None:
+        """Copy one member of equal size from each sample into the rows of ``out``, uint8 (n, size).
+
+        Raises:
+            BadSample: a member is missing, unreadable or of another size; ``row`` says which.
+        """
+        count, size = out.shape
+        whole = np.full(count, size, dtype=np.int64)
+        self._copy(samples, extension, None, whole, out, np.arange(count, dtype=np.int64) * size)
+
+    def pieces(self, samples: Ints, extension: str, begins: Ints, lengths: Ints, out: Bytes, at: Ints) -> None:
+        """Copy bytes ``begins[i]`` to ``begins[i] + lengths[i]`` of a member of each sample to ``out`` at ``at[i]``.
+
+        Raises:
+            BadSample: a member is missing, unreadable or too short; ``row`` says which.
+        """
+        self._copy(samples, extension, begins, lengths, out, at)
+
+    def expect(self, samples: Ints) -> None:
+        """Say which samples will be read about one shuffle window from now."""
+        shards = np.searchsorted(self.starts, samples, side="right") - 1
+        self.files.expect([int(shard) for shard in dict.fromkeys(shards.tolist())])
+
+    def health(self) -> dict[str, float]:
+        """Counters for the log."""
+        return self.files.health()
+
     def close(self) -> None:
-        """Close every file; reading again opens them again."""
+        """Close every file and end background work; reading again opens them again."""
+        self.files.close()
         with self._lock:
             self._handles.clear()
             self._indices.clear()
+
+    # Reading
+
+    def _copy(self, samples: Ints, extension: str, begins: Ints | None, lengths: Ints, out: Bytes, at: Ints) -> None:
+        """Copy parts of members, or whole ones where ``begins`` is None."""
+        assert out.flags.c_contiguous
+        shards = np.searchsorted(self.starts, samples, side="right") - 1
+        rows = samples - self.starts[shards]
+        members, sizes, ends = np.empty_like(rows), np.empty_like(rows), np.empty_like(rows)
+        handles: dict[int, Handle] = {}
+        for shard, here in groups(shards):
+            asked = int(here[0])
+            index, handles[shard] = self._open(shard, int(rows[asked]), asked)
+            if index.problem and self.strict:
+                raise BadSample(damage(self.names[shard], index), row=asked)
+            members[here], sizes[here] = spans.locate(index, rows[here], extension)
+            try:
+                ends[here] = handles[shard].size()
+            except OSError as error:
+                self._forget(shard)
+                raise self._unreadable(shard, f"#{rows[asked]}", error, asked) from error
+        fits = (sizes == lengths) if begins is None else (begins >= 0) & (begins + lengths <= sizes)
+        fits &= (members >= 0) & (members + sizes <= ends)
+        if not fits.all():
+            asked = int(fits.argmin())
+            raise self._unfit(int(samples[asked]), asked, extension, int(lengths[asked]), int(ends[asked]))
+        parts = spans.Spans(
+            [handles[shard] for shard in shards.tolist()],
+            members,
+            sizes,
+            np.zeros_like(rows) if begins is None else begins,
+            lengths,
+            at,
+        )
+        try:
+            failed = spans.copy(parts, out.reshape(-1))
+        except OSError as error:
+            asked = int(error.filename)
+            self._forget(int(shards[asked]))
+            raise self._unreadable(int(shards[asked]), self.key(int(samples[asked])), error, asked) from error
+        if failed >= 0:
+            raise self._misplaced(int(shards[failed]), int(rows[failed]), int(members[failed]) - BLOCK, failed)
+
+    def _unfit(self, sample: int, asked: int, extension: str, length: int, file_end: int) -> BadSample:
+        """Why a member cannot be copied."""
+        shard, row = self._locate(sample)
+        index = self._index(shard)
+        self._check_row(shard, row, index, asked)
+        where = f"{self.names[shard]}, sample {index.key(row)}"
+        column = index.extensions.index(extension) if extension in index.extensions else -1
+        if column < 0 or index.offsets[row, column] < 0:
+            held = [name for name, at in zip(index.extensions, index.offsets[row], strict=True) if at >= 0]
+            return BadSample(f"{where}: no .{extension} among its members ({', '.join(held)})", row=asked)
+        size = int(index.sizes[row, column])
+        end = int(index.offsets[row, column]) + size
+        if end > file_end:
+            return BadSample(_cut(self.names[shard], index.key(row), file_end, end), row=asked)
+        return BadSample(f"{where}: .{extension} has {size} bytes, expected {length}", row=asked)
+
+    def _check_row(self, shard: int, row: int, index: TarIndex, asked: int = -1) -> None:
+        if index.problem and (self.strict or row >= len(index)):
+            raise BadSample(damage(self.names[shard], index), row=asked)
+        if row >= len(index):
+            raise BadSample(
+                f"{self.names[shard]}, sample #{row}: the shard holds {len(index)} samples, "
+                f"{catalogue.FILE_NAME} says {self.counts[shard]}",
+                row=asked,
+            )
+
+    def _unreadable(self, shard: int, key: str, error: OSError, asked: int = -1) -> BadSample:
+        return BadSample(f"{self.names[shard]}, sample {key}: {error.strerror or error}", row=asked)
+
+    def _misplaced(self, shard: int, row: int, header: int, asked: int = -1) -> BadSample:
+        """The shard is not what its index says; a look at all its headers tells why."""
+        name = self.names[shard]
+        if self.strict:
+            with contextlib.suppress(OSError):
+                found = self.files.scan(shard)
+                if found.problem:
+                    return BadSample(damage(name, found), row=asked)
+        where = f"{name}, sample {self._index(shard).key(row)}"
+        return BadSample(f"{where}: the header at byte {header} is not the one in the index of the shard", row=asked)
 
     def _locate(self, sample: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
         return shard, int(sample - self.starts[shard])
 
+    def _open(self, shard: int, row: int, asked: int = -1) -> tuple[TarIndex, Handle]:
+        try:
+            return self._index(shard), self._handle(shard)
+        except OSError as error:
+            raise self._unreadable(shard, f"#{row}", error, asked) from error
+
     def _index(self, shard: int) -> TarIndex:
         with self._lock:
-            if shard not in self._indices:
-                self._indices[shard] = tarindex.load(self.paths[shard])
-                if len(self._indices) > self.open_shards:
-                    self._indices.popitem(last=False)
-            return self._indices[shard]
-
-    def _handle(self, shard: int) -> "_Handle":
+            index = self._indices.get(shard)
+        if index is not None:
+            return index
+        with self._loading[shard % len(self._loading)]:  # others may go on reading other shards meanwhile
+            index = self._indices.get(shard) or self._checked_index(shard)
         with self._lock:
-            if shard not in self._handles:
-                self._handles[shard] = _Handle(self.paths[shard])
-                if len(self._handles) > self.open_shards:
-                    self._handles.popitem(last=False)
-            return self._handles[shard]
+            self._indices[shard] = index
+            if len(self._indices) > self.open_shards:
+                self._indices.popitem(last=False)
+        return index
 
-    def _take_stock(self, sizes: list[int], max_bad_fraction: float) -> None:
-        """Count the samples of every shard, and judge the damage found on the way."""
-        found: list[str] = []
-        lost = 0
-        if self.bytes > _ANNOUNCED_BYTES and None in self._entries:
-            log.info("%s: indexing %s of shards once, for %s", self.setting, _mebibytes(self.bytes), cache_folder())
-        for shard, (entry, size) in enumerate(zip(self._entries, sizes, strict=True)):
-            if entry is not None and entry.bytes == size and self.bytes > _CHECKED_BYTES:
-                self.counts[shard] = entry.samples
-                continue
-            index = tarindex.load(self.paths[shard])
-            self.counts[shard] = len(index)
-            problem = self._problem(shard, size, index)
-            if problem:
-                found.append(problem)
-                lost += max(1, entry.samples - len(index) if entry else 0)
-        if not found:
-            return
-        more = f" ({len(found)} of {len(sizes)} shards are damaged.)" if len(found) > 1 else ""
-        if lost > max_bad_fraction * (lost + self.counts.sum()):
-            raise ValueError(
-                f"{self.setting}: {found[0]}.{more} Copy the shard again (folder {self.paths[0].parent}), "
-                f"or accept the loss with data.max_bad_fraction={_share(lost, int(self.counts.sum()))}."
-            )
-        for text in found:
-            log.warning("%s: %s", self.setting, text)
+    def _checked_index(self, shard: int) -> TarIndex:
+        """The index, with a problem where the file has not the size that index.json states."""
+        index, entry = self.files.index(shard), self.files.entries[shard]
+        if entry is None or index.problem or index.size == entry.bytes:
+            return index
+        told = f"the file has {index.size} bytes, {catalogue.FILE_NAME} says {entry.bytes}"
+        return dataclasses.replace(index, problem=told)
+
+    def _handle(self, shard: int) -> Handle:
+        with self._lock:
+            handle = self._handles.get(shard)
+        if handle is not None:
+            return handle
+        with self._loading[shard % len(self._loading)]:
+            handle = self._handles.get(shard) or Handle(self.files.open(shard))
+        with self._lock:
+            self._handles[shard] = handle
+            if len(self._handles) > self.open_shards:
+                self._handles.popitem(last=False)
+        return handle
+
+    def _forget(self, shard: int) -> None:
+        """Let the next read open the file again: it may be there again by then."""
+        with self._lock:
+            self._handles.pop(shard, None)
 
     def _count_classes(self) -> list[Counter[int]] | None:
         """Samples per class of each shard, from index.json; a small set without one is read through."""
-        if all(entry is not None for entry in self._entries):
-            listed = [entry.histogram() for entry in self._entries if entry is not None]
+        if all(entry is not None for entry in self.files.entries):
+            listed = [entry.histogram() for entry in self.files.entries if entry is not None]
             return listed if all(listed) else None
-        if self.bytes > _CHECKED_BYTES:
+        if self.files.verified or self.bytes > _CHECKED_BYTES:
             return None
-        found = [Counter[int]() for _ in self.paths]
-        for sample in range(int(self.counts.sum())):
-            text = self.read(sample).get("cls", b"").strip()
-            if text.lstrip(b"-").isdigit():  # anything else is reported with its key when it is used
-                found[self._locate(sample)[0]][int(text)] += 1
+        found = [Counter[int]() for _ in self.names]
+        for shard, counter in enumerate(found):
+            for row in range(int(self.counts[shard])):
+                try:
+                    text = self.read(int(self.starts[shard]) + row).get("cls", b"").strip()
+                except BadSample:
+                    continue
+                if text.lstrip(b"-").isdigit():  # anything else is reported with its key when it is used
+                    counter[int(text)] += 1
         return found if any(found) else None
 
-    def _problem(self, shard: int, size: int, index: TarIndex) -> str:
-        """What is wrong with one shard, or an empty string."""
-        name, entry = self.names[shard], self._entries[shard]
-        if index.problem:
-            told = f", {catalogue.FILE_NAME} says {_mebibytes(entry.bytes)}" if entry else ""
-            return f"{_damage(name, index)} (file {_mebibytes(size)}{told})"
-        if not len(index):
-            return f"{name} holds no samples ({size} bytes)"
-        if entry is None:
-            return ""
-        if size != entry.bytes or len(index) != entry.samples:
-            return (
-                f"{name} has {len(index)} samples in {size} bytes, but {catalogue.FILE_NAME} says {entry.samples} in "
-                f"{entry.bytes} bytes; if the shard was replaced on purpose, delete {catalogue.FILE_NAME}"
-            )
-        if catalogue.sha256(self.paths[shard]) != entry.sha256:
-            return f"{name} was changed after it was written (its sha256 is not the one in {catalogue.FILE_NAME})"
-        return ""
+
+def _cut(name: str, key: str, at: int, end: int) -> str:
+    return f"{name}, sample {key}: truncated at byte {at}, the sample ends at byte {end}"
 
 
-class _Handle:
-    """An open file that closes itself when its last user lets go of it, so that eviction cannot pull it away."""
-
-    __slots__ = ("file",)
-
-    def __init__(self, path: Path) -> None:
-        self.file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "file"):
-            os.close(self.file)
-
-
-def find(patterns: str | Iterable[str], root: Path, setting: str, allow_missing: bool = False) -> list[Path]:
-    """Files (or one folder) that a setting names.
+def open_source(
+    patterns: str | Iterable[str],
+    root: Path,
+    setting: str,
+    *,
+    allow_missing: bool = False,
+    max_bad_fraction: float = 0.0,
+    window: int = 16,
+    cache_bytes: int = _CACHE_BYTES,
+    columns: Sequence[str] = (),
+) -> Source:
+    """Open whatever a setting names: shards here or elsewhere, or a folder of images.
 
     Args:
-        patterns: names relative to ``root`` or absolute, with ``*``, ``?``, ``[..]`` or braces as in
-            ``train-{000000..001023}.tar``; a list of them; or a folder.
+        patterns: as ``find`` takes them; or addresses of shards (http://, https://, s3://, gs://, ... or pipe:COMMAND)
+            with braces.
         root: folder that relative names start from.
         setting: name of the setting, for messages, e.g. "data.train".
         allow_missing: accept that some of the named files are absent.
-
-    Returns:
-        Existing paths, sorted, each once.
+        max_bad_fraction: accepted share of unreadable samples, 0..1.
+        window: shards whose samples are mixed with one another; this many must be at hand twice.
+        cache_bytes: room for copies of remote shards on this machine.
+        columns: folders of further shards with the same names and keys, whose members are added to each sample.
 
     Raises:
-        ValueError: nothing is found, or some of the files are missing.
+        ValueError: nothing is found, or it is damaged, or its columns do not match.
     """
-    wanted: dict[Path, None] = {}
+    from datamodules.columns import Joined
+    from datamodules.folders import ImageFolder
+    from datamodules.remote import RemoteFiles, check_room
+
     texts = [patterns] if isinstance(patterns, str) else list(patterns)
-    for text in texts:
-        matches = [path for name in _braces(text, setting) for path in _expand(root / Path(name).expanduser())]
-        if not any(path.exists() for path in matches):
-            raise ValueError(_nothing_found(text, root, setting))
-        wanted.update(dict.fromkeys(matches))
-    paths = sorted(wanted)
-    missing = [path for path in paths if not path.exists()]
-    if missing and not allow_missing:
-        shown = str(root / texts[0]) if len(texts) == 1 else f"{len(texts)} patterns in {root}"
+    remote = [text for text in texts if _REMOTE.match(text)]
+    if remote and len(remote) < len(texts):
+        local = next(text for text in texts if text not in remote)
         raise ValueError(
-            f"{setting}='{shown}': {len(missing)} of {len(paths)} files are missing, first: {missing[0].name}. "
-            "Copy them, or accept the rest with data.allow_missing=true."
+            f"{setting} mixes addresses ({remote[0]}) with files ({local}). "
+            "Name one kind, or make two sources of a mixture of them."
         )
+
+    def opened(files: Files | list[Path]) -> ShardSet:
+        return ShardSet(files, setting, max_bad_fraction, open_shards=2 * window if remote else max(64, 2 * window))
+
+    if remote:
+        first = RemoteFiles.find(remote, setting, allow_missing, cache_bytes)
+        further = {name: first.column(name) for name in columns}
+        check_room([first, *further.values()], window)
+        primary = opened(first)
+        return Joined(primary, {name: opened(part) for name, part in further.items()}) if further else primary
+    paths = find([text.removeprefix("file://").removeprefix("file:") for text in texts], root, setting, allow_missing)
+    if len(paths) == 1 and paths[0].is_dir():
+        if columns:
+            raise ValueError(f"data.columns={list(columns)} needs shards, but {setting}='{paths[0]}' is a folder.")
+        return ImageFolder(paths[0], setting)
+    primary = opened(paths)
+    others = {name: opened(_column(root / name, paths)) for name in columns}
+    return Joined(primary, others) if others else primary
+
+
+def _column(folder: Path, paths: Sequence[Path]) -> list[Path]:
+    """Shards of the same names in another folder."""
+    there = set(os.listdir(folder)) if folder.is_dir() else set()
+    missing = [path.name for path in paths if path.name not in there]
     if missing:
-        log.warning("%s: %d of %d files are missing, first: %s", setting, len(missing), len(paths), missing[0].name)
-    return [path for path in paths if path.exists()]
-
-
-def _braces(text: str, setting: str) -> list[str]:
-    try:
-        return list(expand_urls(text))
-    except ValueError as error:
-        raise ValueError(f"{setting}='{text}': {error}. Write ranges as in train-{{000000..001023}}.tar.") from error
-
-
-def _expand(path: Path) -> list[Path]:
-    """Files that one name stands for, absent ones included where their absence can be known."""
-    if path.is_dir():
-        return sorted(path.glob("*.tar")) or [path]
-    if not has_magic(str(path)):
-        return [path]
-    found = [Path(name) for name in glob(str(path))]
-    index = catalogue.read(path.parent) if found and not has_magic(str(path.parent)) else None
-    if index is not None:
-        return [*found, *(path.parent / name for name in index.shards if Path(name).match(path.name))]
-    return [*found, *_gaps(found)]
-
-
-def _gaps(found: list[Path]) -> list[Path]:
-    """Files whose absence shows as a gap in an otherwise dense numbering."""
-    groups: dict[tuple[Path, str, int], set[int]] = {}
-    for path in found:
-        match = _NUMBERED.match(path.name)
-        if match:
-            groups.setdefault((path.parent, match[1], len(match[2])), set()).add(int(match[2]))
-    gaps: list[Path] = []
-    for (folder, stem, width), numbers in groups.items():
-        span = max(numbers) - min(numbers) + 1
-        if len(numbers) < span <= 2 * len(numbers):
-            absent = set(range(min(numbers), max(numbers))) - numbers
-            gaps += [folder / f"{stem}{number:0{width}d}.tar" for number in absent]
-    return gaps
-
-
-def _nothing_found(text: str, root: Path, setting: str) -> str:
-    path = root / text
-    folder = path.parent
-    if has_magic(str(folder)) or "{" in str(folder):
-        folder = root
-    if not folder.is_dir():
-        nearest = next(parent for parent in folder.absolute().parents if parent.is_dir())
-        return (
-            f"{setting}='{path}' matches no file: the folder {folder} does not exist, only {nearest} does. "
-            "Set data.root to the folder of the shards."
+        raise ValueError(
+            f"data.columns: {folder} lacks {len(missing)} of {len(paths)} shards, first: {missing[0]}. "
+            "Copy or make them, or take the folder out of data.columns."
         )
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    close = difflib.get_close_matches(Path(text).name, names, n=3, cutoff=0.4) or names[:3]
-    there = f"Nearest names there: {', '.join(close)}." if close else "The folder is empty."
-    return f"{setting}='{path}' matches no file. {there} Set {setting} and data.root to your shards."
-
-
-def _damage(name: str, index: TarIndex) -> str:
-    sample = f", sample {index.problem_key}" if index.problem_key else ""
-    return f"{name}{sample}: {index.problem}"
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB" if size >= 2**19 else f"{size / 2**10:.1f} KiB"
-
-
-def _share(lost: int, kept: int) -> str:
-    """A fraction that would just accept the loss, rounded up to one digit."""
-    share = lost / (lost + kept)
-    digit = 10.0 ** np.floor(np.log10(share))
-    return f"{min(np.ceil(share / digit) * digit, 1.0):g}"
+    return [folder / path.name for path in paths]

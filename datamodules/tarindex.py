@@ -2,15 +2,19 @@
 
 A raw scan of the tar headers finds what a streaming reader passes over in silence: truncated files, zero blocks in
 the middle (which end a tar early without an error), damaged headers and duplicate keys.
+
+An index is kept as ``<shard>.idx.npz`` beside the shard by whoever writes a data set, and otherwise in the user's
+cache. Either way it costs 12 bytes per member and the length of the longest key per sample.
 """
 
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +26,8 @@ _REGULAR = b"0\0" + b"7"
 _WITHOUT_DATA = b"123456"  # links, devices, folders, fifos: a header and nothing behind it
 _NOT_SAMPLES = re.compile(r"__[^/]*__($|/)")  # names webdataset keeps for itself
 _CACHED_FROM = 1000  # samples; a smaller shard is scanned about as fast as its cache file is opened
-_CACHE_FORMAT = 1
+_FORMAT = 2
+_MEASURED = "measured/"
 
 
 @dataclass(frozen=True)
@@ -33,17 +38,21 @@ class TarIndex:
         keys: utf-8 keys, bytes (n,).
         extensions: lower-case member names behind the key's first dot, one per column.
         offsets: byte position of each member, int64 (n, k); -1 where the sample lacks it.
-        sizes: bytes of each member, int64 (n, k); 0 where the sample lacks it.
-        problem: what ended the scan early, with the byte; empty for a sound shard.
+        sizes: bytes of each member, int32 (int64 where members exceed 2 GiB), (n, k); 0 where the sample lacks it.
+        problem: the first thing found wrong, with the byte; empty for a sound shard.
         problem_key: key of the sample at the damage, if it is known.
+        size: bytes of the shard; -1 if it is not known.
+        lost: samples that are known to be left out for that, duplicates of a key; a cut-off end is not counted.
     """
 
     keys: NDArray[np.bytes_]
     extensions: tuple[str, ...]
     offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
+    sizes: NDArray[np.integer[Any]]
     problem: str = ""
     problem_key: str = ""
+    size: int = -1
+    lost: int = 0
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -59,21 +68,124 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PLATFORM_CACHE") or Path.home() / ".cache" / "platform")
 
 
+def sidecar(path: Path) -> Path:
+    """Name of the index file that belongs beside a shard."""
+    return path.with_name(f"{path.name}.idx.npz")
+
+
+def write_sidecar(path: Path, index: TarIndex, measured: Mapping[str, NDArray[np.int64]] | None = None) -> Path:
+    """Write the index of a shard beside it, in one step; equal input gives equal bytes.
+
+    Args:
+        path: the finished shard; its size is recorded, and an index that states another size is not used.
+        index: what ``scan`` finds in it.
+        measured: numbers about every sample that plans need before decoding, int64 (n, width) by name, e.g. "shape"
+            for height and width.
+
+    Returns:
+        The file written.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    columns = {f"{_MEASURED}{name}": np.asarray(table, np.int64) for name, table in (measured or {}).items()}
+    made = sidecar(path)
+    _save(made, {**_arrays(replace(index, size=path.stat().st_size)), **columns})
+    return made
+
+
 def load(path: Path) -> TarIndex:
-    """Index of a shard, from the cache where path, size and modification time agree, else scanned.
+    """Index of a shard: from beside it, from the cache where path, size and time of change agree, or scanned.
 
     Raises:
         OSError: the shard cannot be opened.
     """
-    stat = path.stat()
-    identity = f"{_CACHE_FORMAT}\0{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}"
-    cached = cache_folder() / "tar-index" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
-    index = _read_cache(cached)
+    with path.open("rb") as file:
+        return load_open(file.fileno(), identity(path), sidecar(path))
+
+
+def load_open(file: int, known_as: str, beside: Path) -> TarIndex:
+    """Index of an open shard, wherever its file is by now.
+
+    Args:
+        file: descriptor of the shard.
+        known_as: what stands for this content in the cache, see ``identity``.
+        beside: its index file, which need not exist.
+
+    Raises:
+        OSError: the shard cannot be read.
+    """
+    size = os.fstat(file).st_size
+    index = read(beside, size)
+    if index is not None and _fits(file, index):
+        return index
+    cached = cache_file(known_as)
+    index = read(cached, size)
     if index is None:
-        index = scan(path)
+        index = scan_open(file)
         if len(index) >= _CACHED_FROM:
-            _write_cache(cached, index)
+            keep(cached, index)
     return index
+
+
+def identity(path: Path) -> str:
+    """What stands for the content of a local shard: its path, size and time of change.
+
+    Raises:
+        OSError: the shard is not there.
+    """
+    stat = path.stat()
+    return f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+
+
+def cache_file(known_as: str, column: str = "") -> Path:
+    """File of the user's cache for the index of a shard, or for one measured column of it."""
+    digest = hashlib.sha256(f"{_FORMAT}\0{known_as}\0{column}".encode()).hexdigest()[:32]
+    return cache_folder() / "tar-index" / f"{digest}.npz"
+
+
+def read_measured(file: Path, size: int, name: str, shape: tuple[int, int]) -> NDArray[np.int64] | None:
+    """A measured column from a file beside the shard or in the cache.
+
+    Args:
+        file: the index file.
+        size: bytes of the shard that it must belong to.
+        name: what was measured.
+        shape: samples and numbers per sample.
+
+    Returns:
+        int64 of that shape, or None where there is no such column.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as table:
+            if (int(table["format"]), int(table["bytes"])) != (_FORMAT, size):
+                return None
+            column = table[f"{_MEASURED}{name}"]
+    except Exception:  # absent, unreadable or half written: the shard itself is the truth
+        return None
+    return column if column.shape == shape and column.dtype == np.int64 else None
+
+
+def keep(file: Path, index: TarIndex) -> None:
+    """Put the index of a shard into a cache file, if the disk allows."""
+    _keep(file, _arrays(index))
+
+
+def keep_file(file: Path, content: bytes) -> None:
+    """Put an index file that comes from elsewhere into the cache, if the disk allows."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            made = Path(folder) / file.name
+            made.write_bytes(content)
+            made.replace(file)
+    except OSError:
+        return
+
+
+def keep_measured(file: Path, size: int, name: str, column: NDArray[np.int64]) -> None:
+    """Put a measured column of a shard of ``size`` bytes into a cache file, if the disk allows."""
+    _keep(file, {"format": np.array(_FORMAT), "bytes": np.array(size), f"{_MEASURED}{name}": column})
 
 
 def scan(path: Path) -> TarIndex:
@@ -82,16 +194,23 @@ def scan(path: Path) -> TarIndex:
     Raises:
         OSError: the shard cannot be opened.
     """
+    with path.open("rb") as file:
+        return scan_open(file.fileno())
+
+
+def scan_open(file: int) -> TarIndex:
+    """Read every header of an open shard; damage is reported in the index, not raised.
+
+    Raises:
+        OSError: the shard cannot be read.
+    """
     grouping = _Grouping()
-    problem = ""
     try:
-        with path.open("rb") as file:
-            for name, offset, size in _members(file.fileno()):
-                grouping.add(name, offset, size)
+        for name, offset, size in _members(file):
+            grouping.add(name, offset, size)
     except _Damage as damage:
-        problem = str(damage)
-        grouping.drop(damage.name)
-    return grouping.index(problem)
+        grouping.cut(str(damage), damage.name)
+    return grouping.index(os.fstat(file).st_size)
 
 
 class _Damage(Exception):
@@ -109,50 +228,69 @@ class _Grouping:
     keys: list[bytes] = field(default_factory=list)
     rows: list[dict[str, tuple[int, int]]] = field(default_factory=list)
     seen: set[bytes] = field(default_factory=set)
+    current: bytes | None = None
+    repeated: bool = False
+    problem: str = ""
     problem_key: str = ""
+    lost: int = 0
 
     def add(self, name: str, offset: int, size: int) -> None:
         stem, extension = base_plus_ext(name)
         if stem is None or _NOT_SAMPLES.match(name):
             return
         key, extension = stem.encode("utf-8", "surrogateescape"), extension.lower()
-        if not self.keys or key != self.keys[-1]:
-            if key in self.seen:
-                raise _Damage(f"key {stem} appears twice, again at byte {offset}", name)
-            self.seen.add(key)
-            self.keys.append(key)
-            self.rows.append({})
+        if key != self.current:
+            self.current = key
+            self.repeated = key in self.seen
+            if self.repeated:
+                self.note(f"key {stem} appears twice, again at byte {offset}", stem)
+                self.lost += 1
+            else:
+                self.seen.add(key)
+                self.keys.append(key)
+                self.rows.append({})
+        if self.repeated:
+            return
         if extension in self.rows[-1]:
-            raise _Damage(f"member {name} appears twice, again at byte {offset}", name)
-        self.rows[-1][extension] = (offset, size)
+            self.note(f"member {name} appears twice, again at byte {offset}", stem)
+        else:
+            self.rows[-1][extension] = (offset, size)
 
-    def drop(self, name: str) -> None:
-        """Forget the last sample if the damage cut it: by the member's name, or because it lacks a member."""
+    def note(self, problem: str, key: str) -> None:
+        """Keep the first thing that is wrong."""
+        if not self.problem:
+            self.problem, self.problem_key = problem, key
+
+    def cut(self, problem: str, name: str) -> None:
+        """End early, without the last sample if the damage cut it: by the member's name, or as it lacks a member."""
         stem = base_plus_ext(name)[0] or ""
         if not self.keys:
-            self.problem_key = stem
+            self.note(problem, stem)
             return
         last = self.keys[-1].decode("utf-8", "surrogateescape")
         if stem == last or (not stem and len(self.rows[-1]) < len(set().union(*self.rows))):
-            self.problem_key = last
+            self.note(problem, last)
             self.keys.pop()
             self.rows.pop()
         else:
-            self.problem_key = stem or f"{last} or the one after it"
+            self.note(problem, stem or f"{last} or the one after it")
 
-    def index(self, problem: str) -> TarIndex:
+    def index(self, size: int) -> TarIndex:
         extensions = tuple(dict.fromkeys(extension for row in self.rows for extension in row))
         missing = (-1, 0)
         table = np.array(
             [[row.get(extension, missing) for extension in extensions] for row in self.rows], dtype=np.int64
         ).reshape(len(self.rows), len(extensions), 2)
+        sizes = table[:, :, 1]
         return TarIndex(
             keys=np.array(self.keys, dtype=np.bytes_),
             extensions=extensions,
             offsets=np.ascontiguousarray(table[:, :, 0]),
-            sizes=np.ascontiguousarray(table[:, :, 1]),
-            problem=problem,
+            sizes=sizes.astype(np.int64 if sizes.max(initial=0) >= 2**31 else np.int32),
+            problem=self.problem,
             problem_key=self.problem_key,
+            size=size,
+            lost=self.lost,
         )
 
 
@@ -256,9 +394,46 @@ def _pax(raw: bytes, at: int) -> dict[str, str]:
     return fields
 
 
-def _read_cache(path: Path) -> TarIndex | None:
+def states(header: bytes, size: int) -> bool:
+    """Whether a header says that ``size`` bytes follow: a shard may have changed since it was indexed."""
+    if header[124:135] == b"%011o" % size:
+        return True
+    try:
+        return len(header) == BLOCK and (_number(header[124:136], 0) == size or size >= 8**11)
+    except _Damage:
+        return False
+
+
+def _fits(file: int, index: TarIndex) -> bool:
+    """Whether the last member of an index is where it says: a shard of the same size may have taken its place."""
+    if not len(index):
+        return True
+    row, column = np.unravel_index(index.offsets.argmax(), index.offsets.shape)
+    header = os.pread(file, BLOCK, int(index.offsets[row, column]) - BLOCK)
+    return states(header, int(index.sizes[row, column]))
+
+
+def _arrays(index: TarIndex) -> dict[str, NDArray[Any]]:
+    return {
+        "format": np.array(_FORMAT),
+        "bytes": np.array(index.size),
+        "keys": index.keys,
+        "extensions": np.array(index.extensions, dtype=np.str_),
+        "offsets": index.offsets,
+        "sizes": index.sizes,
+        "problem": np.array(index.problem),
+        "problem_key": np.array(index.problem_key),
+        "lost": np.array(index.lost),
+    }
+
+
+def read(path: Path, size: int | None) -> TarIndex | None:
+    """An index file that belongs to a shard of ``size`` bytes, or of any size, or None."""
     try:
         with np.load(path, allow_pickle=False) as table:
+            stated = int(table["bytes"])
+            if int(table["format"]) != _FORMAT or size not in (stated, None):
+                return None
             return TarIndex(
                 keys=table["keys"],
                 extensions=tuple(str(name) for name in table["extensions"]),
@@ -266,26 +441,25 @@ def _read_cache(path: Path) -> TarIndex | None:
                 sizes=table["sizes"],
                 problem=str(table["problem"]),
                 problem_key=str(table["problem_key"]),
+                size=stated,
+                lost=int(table["lost"]),
             )
     except Exception:  # absent, unreadable or half written: the shard itself is the truth
         return None
 
 
-def _write_cache(path: Path, index: TarIndex) -> None:
-    """Best effort: a read-only or full disk costs time, never the run."""
+def _save(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write an npz file in one step."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".idx-") as folder:
+        made = Path(folder) / path.name
+        np.savez(made, allow_pickle=False, **arrays)
+        made.replace(path)
+
+
+def _keep(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Save into the cache, best effort: a read-only or full disk costs time, never the run."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            np.savez(
-                made,
-                keys=index.keys,
-                extensions=np.array(index.extensions, dtype=np.str_),
-                offsets=index.offsets,
-                sizes=index.sizes,
-                problem=np.array(index.problem),
-                problem_key=np.array(index.problem_key),
-            )
-            made.replace(path)
+        _save(path, arrays)
     except OSError:
         return

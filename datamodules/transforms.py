@@ -1,4 +1,8 @@
-"""From image file bytes to uint8 pixels of a fixed size, written straight into the batch."""
+"""From image file bytes to uint8 pixels of a fixed shape, written straight into the batch.
+
+What a file says about its orientation (EXIF) is not applied: pixels are taken as they are stored, as most data sets
+were measured. ``data pack`` turns pictures upright when it writes them.
+"""
 
 import io
 import threading
@@ -17,24 +21,25 @@ IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 _MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb
 _thread = threading.local()
 _RGB_FAMILY = ("RGB", "YCbCr", "Gray")
+_JPEG = b"\xff\xd8"
 
 
 def decode_into(data: bytes, out: Pixels) -> None:
-    """Decode one PNG, JPEG or WebP image, resize its shorter side and crop the centre.
+    """Decode one PNG, JPEG or WebP image, resize it until it just covers the output, and crop the centre.
 
-    A JPEG of the right size is decoded in place. Transparency is dropped. The shorter side of any other size is
-    brought to the wanted one by antialiased bicubic resampling on uint8 before the crop: rounded between the two
+    A JPEG of the right size is decoded in place. Transparency is dropped. Any other size is resampled (antialiased,
+    bicubic, on uint8) before the crop, for a square output so that the shorter side fits: rounded between the two
     passes as Pillow does, it differs from Pillow's in one level at a few pixels per thousand.
 
     Args:
         data: the file's bytes.
-        out: uint8 (size, size, channels) with 1 or 3 channels, contiguous; receives the pixels, 0..255.
+        out: uint8 (height, width, channels) with 1 or 3 channels, contiguous; receives the pixels, 0..255.
 
     Raises:
         ValueError: the bytes are not a readable image.
     """
     try:
-        pixels = _decode_jpeg(data, out) if data[:2] == b"\xff\xd8" else _decode_other(data, out.shape[2])
+        pixels = _decode_jpeg(data, out) if data[:2] == _JPEG else _decode_other(data, out.shape[2])
     except UnidentifiedImageError as error:
         raise ValueError(f"not a readable image (unknown format, the first bytes are {data[:8]!r})") from error
     except Exception as error:  # decoders raise a dozen types for broken input
@@ -43,16 +48,44 @@ def decode_into(data: bytes, out: Pixels) -> None:
         _fit(pixels, out)
 
 
+def shape_of(data: bytes) -> tuple[int, int]:
+    """Height and width of an image file, read from its header.
+
+    Raises:
+        ValueError: the bytes do not begin like an image.
+    """
+    try:
+        if data[:2] == _JPEG:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+            return height, width
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width
+    except Exception as error:
+        raise ValueError(f"not a readable image ({type(error).__name__}: {error})") from error
+
+
+def picture_of(members: dict[str, bytes]) -> bytes:
+    """The image among the members of a sample.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for kind in IMAGE_EXTENSIONS:
+        if kind in members:
+            return members[kind]
+    raise ValueError(f"no image among its members ({', '.join(members)})")
+
+
 def _decode_jpeg(data: bytes, out: Pixels) -> Pixels:
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     if colours not in _RGB_FAMILY:  # CMYK and YCCK, where simplejpeg differs from Pillow
         return _decode_other(data, out.shape[2])
-    if height * width > _MAX_PIXELS:
-        raise ValueError(f"{width}x{height} pixels, more than {_MAX_PIXELS}")
     wanted = "GRAY" if out.shape[2] == 1 else "RGB"
     if (height, width) == out.shape[:2]:
         simplejpeg.decode_jpeg(data, colorspace=wanted, buffer=out)
         return out
+    if height * width > _MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels, more than {_MAX_PIXELS}")
     pixels = _scratch(height * width * out.shape[2]).reshape(height, width, out.shape[2])
     simplejpeg.decode_jpeg(data, colorspace=wanted, buffer=pixels)
     return pixels
@@ -68,6 +101,8 @@ def _scratch(size: int) -> Pixels:
 
 def _decode_other(data: bytes, channels: int) -> Pixels:
     with Image.open(io.BytesIO(data)) as image:
+        if image.width * image.height > _MAX_PIXELS:  # Pillow itself only warns up to twice as many
+            raise ValueError(f"{image.width}x{image.height} pixels, more than {_MAX_PIXELS}")
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"pixels of mode {image.mode}, expected 8 bits per channel")
         pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
@@ -75,16 +110,15 @@ def _decode_other(data: bytes, channels: int) -> Pixels:
 
 
 def _fit(pixels: Pixels, out: Pixels) -> None:
-    """Resize the shorter side to the size of ``out`` and copy the centre."""
-    size = out.shape[0]
+    """Resize so that the picture covers ``out`` without distortion, and copy the centre."""
+    rows, columns = out.shape[:2]
     height, width = pixels.shape[:2]
-    if min(height, width) != size:
-        short = min(height, width)
-        # Truncation of the longer side and rounding of the crop are torchvision's, as the published recipes used.
-        shape = (size * height // short, size * width // short)
+    # Truncation of the longer side and rounding of the crop are torchvision's, as the published recipes used.
+    by_height = rows * width >= columns * height
+    shape = (rows, rows * width // height) if by_height else (columns * height // width, columns)
+    if shape != (height, width):
         planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
         planes = functional.interpolate(planes, shape, mode="bicubic", antialias=True)
         pixels = planes[0].permute(1, 2, 0).numpy()
-        height, width = shape
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    out[...] = pixels[top : top + size, left : left + size]
+    top, left = round((shape[0] - rows) / 2), round((shape[1] - columns) / 2)
+    out[...] = pixels[top : top + rows, left : left + columns]

@@ -9,41 +9,78 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from webdataset import ShardWriter
+import numpy as np
+import simplejpeg
+from PIL import Image
+from webdataset import TarWriter
 
-from datamodules import catalogue
+from datamodules import catalogue, tarindex
 from datamodules.catalogue import Catalogue, ShardEntry
+from datamodules.transforms import IMAGE_EXTENSIONS
+
+Sample = Mapping[str, bytes | str]
+Measure = Callable[[Sample], Sequence[int]]
 
 # uid, gid and mode have fixed defaults in webdataset; an integer mtime also spares a pax header per member.
 _REPRODUCIBLE = {"mtime": 0, "user": "", "group": "", "encoder": False}
 _PROGRESS_SECONDS = 0.2
 
 
+def image_shape(data: bytes) -> tuple[int, int]:
+    """Height and width of an image file in pixels, from its header; (0, 0) if it has none that can be read."""
+    try:
+        if data[:2] == b"\xff\xd8":
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            return int(height), int(width)
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width
+    except Exception:  # decoders raise a dozen types for broken input; whoever decodes it reports it
+        return 0, 0
+
+
+def _shape(sample: Sample) -> tuple[int, int]:
+    data = next((sample[kind] for kind in IMAGE_EXTENSIONS if kind in sample), b"")
+    assert isinstance(data, bytes)
+    return image_shape(data)
+
+
 class DatasetWriter:
     """Writes one folder of shards: all of it appears under its name by one rename, or nothing does.
 
-    Use as a context manager and call ``write`` once per split; ``index.json`` is added at the end. Two processes
-    that make the same folder at once do not disturb each other: the first rename wins, the other copy is dropped.
+    Use as a context manager and call ``write`` once per split; every shard gets its index file beside it, and
+    ``index.json`` is added at the end. Two processes that make the same folder at once do not disturb each other: the
+    first rename wins, the other copy is dropped.
 
     Args:
         folder: where the shards go. It must not exist yet, or be empty.
         dataset: name recorded in index.json.
         licence: licence text recorded in index.json.
         sources: versions recorded in index.json.
+        card: what readers must know about the members, recorded in index.json: per extension {"dtype", "shape",
+            "scale", ...}, "tokenizer", "classes", ...; plain JSON values.
 
     Raises:
         ValueError: the folder holds something already, or cannot be written.
     """
 
-    def __init__(self, folder: Path, *, dataset: str, licence: str, sources: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dataset: str,
+        licence: str,
+        sources: Mapping[str, str],
+        card: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = Path(folder).absolute()
         self.dataset = dataset
         self.licence = licence
         self.sources = dict(sources)
+        self.card = dict(card or {})
         self.shards: dict[str, ShardEntry] = {}
         self._temporary = self.folder.parent / f".{self.folder.name}.{socket.gethostname()}.{os.getpid()}.tmp"
         self._progress = _Progress(dataset, self.folder)
@@ -75,7 +112,9 @@ class DatasetWriter:
         if isinstance(error, OSError):
             raise self._unwritable(error) from error
 
-    def write(self, split: str, samples: Iterable[Mapping[str, bytes | str]], per_shard: int) -> None:
+    def write(
+        self, split: str, samples: Iterable[Sample], per_shard: int, measures: Mapping[str, Measure] | None = None
+    ) -> None:
         """Write one split to ``<split>-000000.tar`` and so on.
 
         Args:
@@ -83,30 +122,35 @@ class DatasetWriter:
             samples: mappings with "__key__" (a string without dots, unique) and one item of bytes per extension;
                 "cls", if present, is the class as decimal text and goes into the class histogram.
             per_shard: samples per file; the last one may hold fewer.
+            measures: name -> function of a sample that gives its integers, kept in the shard's index file. "shape"
+                (height, width) of images is always kept.
         """
-        recorder = _Recorder(self._temporary, self.shards)
-        shards = ShardWriter(
-            f"{split}-%06d.tar", per_shard, opener=recorder.open, post=recorder.close, verbose=0, **_REPRODUCIBLE
-        )
-        with shards:
-            for sample in samples:
-                shards.write(sample)  # before counting: this call may close the previous file
-                recorder.count(sample)
-                self._progress.show(recorder.total)
+        before = sum(entry.samples for entry in self.shards.values())
+        shard: ShardFile | None = None
+        number = 0
+        for sample in samples:
+            if shard is None:
+                shard = ShardFile(self._temporary / f"{split}-{number:06d}.tar", measures)
+                number += 1
+            shard.write(sample)
+            before += 1
+            self._progress.show(before)
+            if shard.samples == per_shard:
+                self.shards[shard.path.name] = shard.close()
+                shard = None
+        if shard is not None:
+            self.shards[shard.path.name] = shard.close()
 
     def _publish(self) -> None:
-        index = Catalogue(self.dataset, self.licence, self.sources, self.shards)
-        with (self._temporary / catalogue.FILE_NAME).open("w") as file:
-            file.write(index.to_json())
-            file.flush()
-            os.fsync(file.fileno())
+        index = Catalogue(self.dataset, self.licence, self.sources, self.shards, self.card)
+        write_text(self._temporary / catalogue.FILE_NAME, index.to_json())
         try:
             # Replaces the folder only if it is absent or empty, in one step.
             self._temporary.rename(self.folder)
         except OSError:
             if catalogue.read(self.folder) != index:
                 raise
-        _sync_folder(self.folder.parent)
+        sync_folder(self.folder.parent)
         self._progress.finish(self.shards)
 
     def _unwritable(self, error: OSError) -> ValueError:
@@ -116,35 +160,52 @@ class DatasetWriter:
         )
 
 
-class _Recorder:
-    """Opens shard files under a passing name, and notes size, hash and classes when they are closed."""
+class ShardFile:
+    """One shard being written under a passing name; closing it gives it its name and its index file.
 
-    def __init__(self, folder: Path, shards: dict[str, ShardEntry]) -> None:
-        self.folder = folder
-        self.shards = shards
-        self.total = 0
-        self._file: _HashingFile | None = None
-        self._samples = 0
+    Args:
+        path: the shard's final name, in a folder that exists.
+        measures: name -> integers about a sample that are kept in the index file, beside "shape" of images.
+    """
+
+    def __init__(self, path: Path, measures: Mapping[str, Measure] | None = None) -> None:
+        self.path = path
+        self.samples = 0
+        self.bytes = 0
+        self._measures = dict(measures or {})
+        self._measured: dict[str, list[Sequence[int]]] = {}
         self._classes: Counter[int] = Counter()
+        self._part = path.with_name(f"{path.name}.part")
+        self._file = _HashingFile(self._part.open("wb"))
+        self._tar = TarWriter(self._file, **_REPRODUCIBLE)
 
-    def open(self, name: str) -> "_HashingFile":
-        self._file = _HashingFile((self.folder / f"{name}.part").open("wb"))
-        self._samples = 0
-        self._classes = Counter()
-        return self._file
-
-    def count(self, sample: Mapping[str, bytes | str]) -> None:
-        self.total += 1
-        self._samples += 1
+    def write(self, sample: Sample) -> None:
+        """Append one sample: "__key__", and bytes per extension."""
+        if not self.samples and any(kind in sample for kind in IMAGE_EXTENSIONS):
+            self._measures = {"shape": _shape, **self._measures}
+        self.bytes += self._tar.write(sample)
+        self.samples += 1
         if "cls" in sample:
             self._classes[int(sample["cls"])] += 1
+        for name, measure in self._measures.items():
+            self._measured.setdefault(name, []).append(measure(sample))
 
-    def close(self, name: str) -> None:
-        assert self._file is not None
+    def close(self) -> ShardEntry:
+        """Finish the file, give it its name, write its index file, and return its entry of index.json.
+
+        Raises:
+            ValueError: a key came twice.
+        """
+        self._tar.close()
         self._file.finish()
-        (self.folder / f"{name}.part").rename(self.folder / name)
+        index = tarindex.scan(self._part)
+        if index.problem:
+            raise ValueError(f"{self.path.name}: {index.problem}. Every sample needs a key of its own.")
+        self._part.rename(self.path)
+        measured = {name: np.array(rows, dtype=np.int64) for name, rows in self._measured.items()}
+        tarindex.write_sidecar(self.path, index, measured=measured)
         classes = {str(label): self._classes[label] for label in sorted(self._classes)}
-        self.shards[name] = ShardEntry(self._samples, self._file.size, self._file.digest.hexdigest(), classes)
+        return ShardEntry(self.samples, self._file.size, self._file.digest.hexdigest(), classes)
 
 
 class _HashingFile(io.RawIOBase):
@@ -197,20 +258,14 @@ class _Progress:
         sys.stderr.flush()
 
 
-def problems(folder: Path) -> Iterator[str]:
-    """Compare every shard of a folder with index.json, sha256 included, and yield one line per difference."""
-    index = catalogue.read(folder)
-    if index is None:
-        yield f"{folder} has no {catalogue.FILE_NAME}"
-        return
-    for name, entry in sorted(index.shards.items()):
-        path = folder / name
-        if not path.is_file():
-            yield f"{name} is missing"
-        elif path.stat().st_size != entry.bytes:
-            yield f"{name} has {path.stat().st_size} bytes, {catalogue.FILE_NAME} says {entry.bytes}"
-        elif catalogue.sha256(path) != entry.sha256:
-            yield f"{name} has another sha256 than {catalogue.FILE_NAME} says"
+def write_text(path: Path, text: str) -> None:
+    """Write a file whose text is on the disk when this returns; it appears under its name only when whole."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -232,7 +287,8 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
     with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -284,6 +284,18 @@ def _weights_finish(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--as belongs to weights import; a run knows its experiment.")
 
 
+def _data(parser: Parser) -> None:
+    from platform import dataverb  # thirty options, looked at only when they are needed
+
+    dataverb.arguments(parser)
+
+
+def _data_finish(parser: Parser, args: argparse.Namespace) -> None:
+    from platform import dataverb
+
+    dataverb.finish(parser, args)
+
+
 VERBS: dict[str, Verb] = {
     "fit": Verb(
         "Train an experiment, or continue it: the same command goes on where it stopped.",
@@ -308,6 +320,12 @@ VERBS: dict[str, Verb] = {
         "prepare quickstart",
         _prepare,
         _experiment_needed,
+    ),
+    "data": Verb(
+        "Pack files into shards, check them, and look at them.",
+        "data pack photos photo-shards --val 0.05 --size 256",
+        _data,
+        _data_finish,
     ),
     "verify": Verb(
         "Replay files of reference numbers and compare each quantity.",

@@ -81,7 +81,9 @@ class KVCache:
         out = F.scaled_dot_product_attention(queries, keys.narrow(2, 0, seen), values.narrow(2, 0, seen), scale=scale)
         return out.reshape(rows, width - 2 * heads * dim)
 
-    def attend_window(self, layer: int, position: int, qkv: Tensor, scale: float | None = None) -> Tensor:
+    def attend_window(
+        self, layer: int, position: int, qkv: Tensor, scale: float | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Add several tokens at once; each attends to itself and to all before it.
 
         Args:
@@ -89,6 +91,7 @@ class KVCache:
             position: index of the first of the tokens; whatever stood there and behind is replaced.
             qkv: (rows, tokens, width), else as in ``attend``.
             scale: factor on the logits; None for head_dim^-0.5.
+            mask: from ``window_mask``, where it is at hand.
 
         Returns:
             Attended values, (rows, tokens, query heads * head_dim).
@@ -99,19 +102,25 @@ class KVCache:
         parts = qkv.view(rows, tokens, -1, dim).transpose(1, 2)  # (rows, all heads, tokens, head_dim)
         queries, new = parts.split([parts.shape[1] - 2 * heads, 2 * heads], dim=1)
         both.narrow(3, position, tokens).copy_(new.unflatten(1, (2, heads)).transpose(0, 1))
-        ahead = None
-        if position:
-            ahead = torch.ones(tokens, seen, dtype=torch.bool, device=qkv.device).tril(position)
+        if mask is None and position:
+            mask = window_mask(position, tokens, qkv.device)
         out = F.scaled_dot_product_attention(
             queries,
             keys.narrow(2, 0, seen),
             values.narrow(2, 0, seen),
-            attn_mask=ahead,
-            is_causal=ahead is None,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=scale,
             enable_gqa=queries.shape[1] != heads,
         )
         return out.transpose(1, 2).reshape(rows, tokens, width - 2 * heads * dim)
+
+
+def window_mask(position: int, tokens: int, device: torch.device) -> Tensor | None:
+    """What the tokens of a window may see, (tokens, position + tokens) bool; None at position 0: plainly causal."""
+    if not position:
+        return None
+    return torch.ones(tokens, position + tokens, dtype=torch.bool, device=device).tril(position)
 
 
 class CausalAttention(nn.Module):

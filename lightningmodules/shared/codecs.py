@@ -1,10 +1,12 @@
 """Between data space (uint8 pictures, text) and model space (the tensor a network sees). Never trained, never saved."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from lightningmodules.shared.autoencoder import LOGVAR, AutoencoderKL, load
 
 Batch = Mapping[str, Any]
 
@@ -101,3 +103,272 @@ class Pixels:
         """
         level = self._pixels(batch) * ((self.levels - 1) / self.white)
         return (level.round() + uniform) * (2.0 / self.levels) - 1.0
+
+
+class Tokenizer(Protocol):
+    """What a codec of text needs of a tokenizer."""
+
+    @property
+    def size(self) -> int:
+        """Number of tokens."""
+        ...
+
+    def decode(self, tokens: Any) -> str:
+        """Text of tokens."""
+        ...
+
+
+HOLE = "\u2591"  # stands for a token that is not drawn yet
+
+
+class Tokens:
+    """Rows of tokens as they are; the mask of a diffusion model is one more token unless the tokenizer has one.
+
+    Args:
+        tokenizer: turns tokens into text; ``size`` is the vocabulary, ``mask`` (if there) the mask's number.
+        length: tokens per row, >= 1.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, length: int) -> None:
+        if length < 1:
+            raise ValueError(f"codec.length={length}: expected at least one token per row. Set data.length, e.g. 128.")
+        self.tokenizer, self.length, self.vocabulary = tokenizer, length, tokenizer.size
+        mask = getattr(tokenizer, "mask", None)
+        self.mask_id: int = tokenizer.size if mask is None else mask
+
+    @property
+    def shape(self) -> tuple[int]:
+        """(length,)."""
+        return (self.length,)
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Tokens, (B, length) int64.
+
+        Args:
+            batch: ``batch["tokens"]`` is (B, length) of any integer dtype, each below the tokenizer's size.
+
+        Raises:
+            ValueError: the rows have another length, or hold a token the tokenizer does not have (checked on the CPU).
+        """
+        tokens: Tensor = batch["tokens"]
+        if tuple(tokens.shape[1:]) != self.shape:
+            raise ValueError(
+                f"The batch holds rows of {tuple(tokens.shape[1:])} tokens, module.codec expects {self.shape}."
+                " Set data.length and module.codec.length so that they agree."
+            )
+        if tokens.device.type == "cpu" and tokens.numel():  # elsewhere reading values would make the device wait
+            check_tokens(tokens, self.vocabulary)
+        return tokens.to(torch.int64)
+
+    def decode(self, x: Tensor) -> Any:
+        """Text of rows (B, length), list of B strings; tokens beyond the vocabulary are shown as one light block."""
+        return [self._text(row) for row in x.tolist()]
+
+    def _text(self, row: list[int]) -> str:
+        text, run = "", list[int]()
+        for token in [*row, self.mask_id]:
+            if token < self.vocabulary and token != self.mask_id:
+                run.append(token)
+                continue
+            text += self.tokenizer.decode(run) if run else ""
+            text += HOLE
+            run = []
+        return text[: -len(HOLE)]
+
+
+class PixelTokens:
+    """Pictures as sequences of grey levels: one token per pixel and channel, channel by channel, row by row.
+
+    Args:
+        size: height and width in pixels.
+        channels: 1 or 3.
+        levels: number of tokens, >= 2; 256 for photographs, 17 for the 8x8 digits.
+        white: stored value of the highest level, a multiple of ``levels - 1``.
+    """
+
+    def __init__(self, size: int, channels: int = 3, levels: int = 256, white: int = 255) -> None:
+        self._pixels = Pixels(size, channels, levels, white)
+        self.size, self.channels, self.levels, self.white = size, channels, levels, white
+        self.vocabulary = self.mask_id = levels
+
+    @property
+    def shape(self) -> tuple[int]:
+        """(channels size size,)."""
+        return (self.channels * self.size * self.size,)
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Levels of pictures: ``batch["image"]`` (B, channels, size, size) uint8 to (B, channels size size) int64."""
+        x = self._pixels.encode(batch)
+        return ((x + 1.0) * (0.5 * (self.levels - 1))).round().long().flatten(1)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Pictures of tokens, uint8 (B, channels, size, size); a token that is not drawn yet is shown grey."""
+        level = torch.where(x < self.levels, x, (self.levels - 1) // 2).clamp(min=0)
+        images = (level * (self.white // (self.levels - 1))).to(torch.uint8)
+        return images.view(len(x), self.channels, self.size, self.size)
+
+
+def check_tokens(tokens: Tensor, vocabulary: int) -> None:
+    """Insist that all tokens lie in 0 .. vocabulary - 1.
+
+    Raises:
+        ValueError: one does not.
+    """
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"The batch holds the token {low if low < 0 else high}; the tokenizer has {vocabulary} (0 to"
+            f" {vocabulary - 1}). Set data.tokenizer to the one the tokens were made with."
+        )
+
+
+class Latents:
+    """Latents of an autoencoder, normalised: (x - shift) * scale; pictures are what it decodes them to.
+
+    The autoencoder is loaded when it is first needed, so training on stored latents does without it until pictures
+    are to be drawn. It is never trained, averaged or saved.
+
+    Args:
+        size: height and width of a latent.
+        channels: channels of a latent.
+        scale: factor that brings latents near unit variance, > 0.
+        shift: subtracted before.
+        autoencoder: builds the network; None reads its shape from ``config.json`` beside the weights.
+        weights: folder or file on this machine, see ``autoencoder.load``; None leaves it as ``autoencoder`` built it,
+            from seed 0, which is of use in tests only.
+        pixels: between the pictures' uint8 and [-1, 1]; None for photographs with 256 levels.
+        rows: pictures encoded or decoded at a time, which bounds memory.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        channels: int = 4,
+        scale: float = 0.18215,
+        shift: float = 0.0,
+        autoencoder: Callable[[], AutoencoderKL] | None = None,
+        weights: str | None = None,
+        pixels: Pixels | None = None,
+        rows: int = 16,
+    ) -> None:
+        if size < 1 or channels < 1 or rows < 1 or not scale > 0:
+            raise ValueError(
+                f"module.codec.size={size}, channels={channels}, rows={rows} and scale={scale}: expected values > 0."
+                " Stable Diffusion at 256 pixels: size=32 channels=4 scale=0.18215."
+            )
+        self.size, self.channels, self.scale, self.shift, self.rows = size, channels, scale, shift, rows
+        self._make, self.weights, self._pixels = autoencoder, weights, pixels
+        self._net: AutoencoderKL | None = None
+        self._device = torch.device("cpu")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, size, size)."""
+        return (self.channels, self.size, self.size)
+
+    @property
+    def autoencoder(self) -> AutoencoderKL:
+        """The network, loaded on first use.
+
+        Raises:
+            ValueError: there are no weights, or their latents are of another shape.
+        """
+        if self._net is None:
+            net = self._build()
+            if net.latent_channels != self.channels:
+                raise ValueError(
+                    f"The autoencoder makes latents of {net.latent_channels} channels, module.codec.channels is"
+                    f" {self.channels}. Set it, and module.net.in_channels, to {net.latent_channels}."
+                )
+            self._net = net
+        return self._net
+
+    def _build(self) -> AutoencoderKL:
+        if self.weights is not None:
+            return load(self.weights, self._make)
+        if self._make is None:
+            raise ValueError(
+                "Between latents and pictures stands an autoencoder, and none is set. Type"
+                " module.codec.weights=FOLDER with one in diffusers' format (config.json and safetensors)."
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self._make().eval().requires_grad_(False)
+
+    @property
+    def pixels(self) -> Pixels:
+        """Between uint8 pictures and [-1, 1]."""
+        if self._pixels is None:
+            self._pixels = Pixels(self.size * self.autoencoder.factor, self.autoencoder.in_channels)
+        return self._pixels
+
+    @property
+    def white(self) -> int:
+        """Stored value of white in the pictures that ``decode`` returns."""
+        return 255 if self._pixels is None else self._pixels.white
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the latents of pictures, neither scaled nor shifted.
+
+        Args:
+            images: (B, channels, H, W) uint8.
+
+        Returns:
+            (B, channels, h, w) float32 each.
+        """
+        x = self.pixels.encode({"image": images})
+        net = self._on(x.device)
+        parts = [net.encode(chunk) for chunk in x.split(self.rows)]
+        return torch.cat([mean for mean, _ in parts]), torch.cat([logvar for _, logvar in parts])
+
+    def encode(self, batch: Batch, noise: Tensor | None = None) -> Tensor:
+        """A draw of the latents.
+
+        Args:
+            batch: "latent", (B, 2 channels, size, size): mean and log-variance; without it "image", which is encoded.
+            noise: standard normal, (B, channels, size, size); None takes the means.
+
+        Returns:
+            (B, channels, size, size) float32, shifted and scaled.
+
+        Raises:
+            ValueError: neither is there, or the latents are of another shape.
+        """
+        if "latent" in batch:
+            mean, logvar = batch["latent"].float().chunk(2, dim=1)
+        elif "image" in batch:
+            mean, logvar = self.moments(batch["image"])
+        else:
+            raise ValueError(
+                f"module.codec needs latents or pictures; the data gives {sorted(batch)}. Point data at shards of"
+                " latents (python -m platform prepare latents) or of pictures."
+            )
+        if tuple(mean.shape[1:]) != self.shape:
+            raise ValueError(
+                f"The data holds latents of shape {tuple(mean.shape[1:])}, module.codec expects {self.shape}. Set"
+                " module.codec.size and channels, or data.size for pictures, so that they agree."
+            )
+        if noise is not None:
+            mean = mean + torch.exp(0.5 * logvar.clamp(*LOGVAR)) * noise
+        return (mean - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Pictures of latents.
+
+        Args:
+            x: (B, channels, h, w) float, shifted and scaled.
+
+        Returns:
+            (B, channels, H, W) uint8.
+        """
+        z = x.float() / self.scale + self.shift
+        net = self._on(z.device)
+        return torch.cat([self.pixels.decode(net.decode(chunk)) for chunk in z.split(self.rows)])
+
+    def _on(self, device: torch.device) -> AutoencoderKL:
+        if self._device != device:
+            self.autoencoder.to(device)
+            self._device = device
+        return self.autoencoder

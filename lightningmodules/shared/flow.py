@@ -134,7 +134,7 @@ def drawn_again(
 
 
 def chunks(net: nn.Module, count: int, most: int, device: torch.device) -> list[Tensor]:
-    """Rows 0 .. count - 1 in chunks of at most ``most``; the last again if ``net`` is sharded and another rank has more."""
+    """Rows 0 .. count - 1, ``most`` at a time; the last again if ``net`` is sharded and another rank has more."""
     parts = list(torch.arange(count, device=device).split(most))
     return parts + parts[-1:] * (largest(net, len(parts), device) - len(parts))
 

@@ -53,9 +53,9 @@ def check(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> I
     Raises:
         ValueError: the file lacks its configuration, its weights do not fit it, or a label names no class.
     """
-    replay = _Replay(tensors, metadata, path)
+    file = _Replay(tensors, metadata, path)
     for name in sorted(references(tensors)):
-        compute = replay.recipe(name.removeprefix("out/"))
+        compute = file.recipe(name.removeprefix("out/"))
         if compute is None:
             continue  # the caller reports it as not checked
         try:

@@ -1,17 +1,25 @@
 """Every mistake with data ends in one message: what came, what was expected, where it was set, what to type."""
 
+import contextlib
+import io
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from datamodules import shards
+from datamodules.bad import BadSamples
+from datamodules.imagereader import SampleReader
 from datamodules.images import Images
+from datamodules.order import InOrder
 from datamodules.writer import DatasetWriter
-from tests.tars import sample, write_set, write_tar
+from tests.tars import picture, sample, write_set, write_tar
 
 Break = Callable[[Path], dict[str, Any]]
 
@@ -135,6 +143,108 @@ def test_large_sets_are_checked_while_reading(root: Path, monkeypatch: pytest.Mo
         "data goes on at byte 5120. "
         "Restore the data, or accept such losses with e.g. data.max_bad_fraction=0.001."
     )
+
+
+def jpeg(number: int) -> bytes:
+    with io.BytesIO() as file:
+        Image.fromarray(picture(number)).save(file, format="JPEG")
+        return file.getvalue()
+
+
+def rewrite(path: Path, change: Callable[[dict[str, dict[str, bytes]]], object]) -> None:
+    """Write the second shard anew, changed, with JPEG files."""
+    content = {f"{i:05d}": {"jpg": jpeg(i), "cls": str(i % 10).encode()} for i in range(30, 60)}
+    change(content)
+    (path.parent / "index.json").unlink()
+    write_tar(path, content)
+
+
+def broken_jpeg(path: Path) -> None:
+    rewrite(path, lambda content: content["00037"].update(jpg=content["00037"]["jpg"][:300]))
+
+
+def missing_member(path: Path) -> None:
+    rewrite(path, lambda content: content["00037"].pop("jpg"))
+
+
+def wrong_label(path: Path) -> None:
+    rewrite(path, lambda content: content["00037"].update(cls=b"77"))
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+# damage -> samples that cannot be used, what the log says about one of them, and whether it comes after the start
+SKIPPED: dict[Callable[[Path], None], tuple[int, str, bool]] = {
+    broken_jpeg: (1, "train-000001.tar, sample 00037: not a readable image", False),
+    missing_member: (1, "train-000001.tar, sample 00037: no image among its members (cls)", False),
+    wrong_label: (1, "Label 77 in shard train-000001.tar, sample 00037", False),
+    truncate: (21, "train-000001.tar, sample 00039: truncated at byte 20000", False),
+    empty: (0, "train-000001.tar holds no samples", False),
+    repeat_key: (1, "train-000001.tar, sample 00030: key 00030 appears twice", False),
+    remove: (30, "train-000001.tar, sample #", True),
+}
+
+
+@pytest.mark.parametrize("damage", SKIPPED, ids=lambda damage: damage.__name__)
+def test_bad_samples_are_skipped_and_the_rest_stays_exact(
+    root: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    lost, told, while_training = SKIPPED[damage]
+    place = root / "train-000001.tar"
+    if not while_training:
+        damage(place)
+
+    def opened(allowed: float = 0.5, **options: Any) -> Images:
+        settings = {"train": "train-*.tar", "size": 8, "channels": 1, "num_classes": 10, "window": 2, "seed": 3}
+        data = Images(root=root, **{**settings, "batch_size": 24, "max_bad_fraction": allowed, **options})
+        data.setup("fit")
+        return data
+
+    def keys(data: Images, updates: int = 10) -> list[list[str]]:
+        try:
+            stream = iter(data.train_dataloader())
+            return [[key for _ in range(data.accumulation) for key in next(stream)["key"]] for _ in range(updates)]
+        finally:
+            data.teardown()
+
+    parties = [
+        [(rank, opened(workers=workers, micro_batch=micro)) for rank in range(world)]
+        for world, workers, micro in ((1, 0, None), (1, 2, 4), (2, 1, 3), (4, 0, 6))
+    ]
+    ideal = opened()
+    limited = opened(allowed=max(0.5, lost - 0.5) / 120 if lost else 0.5)
+    if while_training:
+        for data in [ideal, limited, *(data for party in parties for _, data in party)]:
+            data.teardown()  # whoever has the file open could still read it
+        damage(place)
+    source, lookup = ideal.source_of("train"), ideal.training_sequence()
+    total = int(source.counts.sum())
+    strict = SampleReader(source, InOrder(total), BadSamples(total), ideal.filled("train", training=False))
+    usable: dict[int, str] = {}
+    for number in range(total):
+        with contextlib.suppress(ValueError):
+            [usable[number]] = strict(np.array([number]))["key"]
+    assert len(usable) == total - lost
+    order = lookup(np.arange(400))[1].tolist()
+    expected = [usable[next(sample for sample in order[p:] if sample in usable)] for p in range(240)]
+    caplog.clear()
+    for party in parties:
+        for rank, data in party:
+            module = SimpleNamespace(samples_seen=0)
+            data.trainer = SimpleNamespace(global_rank=rank, world_size=len(party), lightning_module=module)  # type: ignore[assignment]
+        found = [keys(data) for _, data in party]
+        size = 24 // (len(party) * party[0][1].accumulation)
+        merged = [part[u][n : n + size] for u in range(10) for n in range(0, len(found[0][0]), size) for part in found]
+        assert [key for keys in merged for key in keys] == expected
+        assert max(data.bad_samples for _, data in party) <= lost
+    assert parties[0][0][1].bad_samples == lost
+    if lost:
+        assert told in caplog.text
+        assert caplog.text.count("skipped: ") == sum(data.bad_samples for party in parties for _, data in party)
+        with pytest.raises(ValueError, match=rf"Bad samples so far: {lost} of \d+; training stops above"):
+            keys(limited)
 
 
 def test_label_out_of_range(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

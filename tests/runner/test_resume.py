@@ -26,6 +26,7 @@ SETTINGS = (
     "module.net.dropout=0.1 module.label_drop=0.1 data.micro_batch=4 data.batch_size=8 data.workers=2"
     f" trainer.max_steps={STEPS} trainer.val_every=20 trainer.log_every=1 checkpoints.every=7 checkpoints.keep=2"
 ).split()
+CLOCKED = ("speed/", "data/wait_share", "data/samples_per_s")  # tags whose values depend on the machine
 ENDINGS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 75}
 
 
@@ -90,7 +91,7 @@ def logged(run: Run) -> list[tuple[Any, ...]]:
     return [
         tuple(sorted((k, str(v)) for k, v in row.items() if k != "time"))
         for row in rows
-        if not row["tag"].startswith("speed/")
+        if not row["tag"].startswith(CLOCKED)
     ]
 
 
@@ -101,7 +102,7 @@ def shown(run: Run) -> dict[str, list[Any]]:
     tags = board.Tags()
     scalars = {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in tags["scalars"]}
     pictures = {tag: [(e.step, e.encoded_image_string) for e in board.Images(tag)] for tag in tags["images"]}
-    return {tag: seen for tag, seen in {**scalars, **pictures}.items() if not tag.startswith("speed/")}
+    return {tag: seen for tag, seen in {**scalars, **pictures}.items() if not tag.startswith(CLOCKED)}
 
 
 def same(killed: Run, whole: Run) -> None:

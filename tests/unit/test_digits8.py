@@ -15,9 +15,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from datamodules import catalogue, digits8
+from datamodules.check import check
 from datamodules.digits8 import held_out
 from datamodules.shards import ShardSet, find
-from datamodules.writer import DatasetWriter, problems
+from datamodules.writer import DatasetWriter
 
 FORK = multiprocessing.get_context("fork")  # spawned processes would import torch again
 SHARDS = [f"train-{i:06d}.tar" for i in range(8)] + ["val-000000.tar", "val-000001.tar"]
@@ -52,8 +53,9 @@ def test_every_digit_is_there_once_and_lossless(digits: Path) -> None:
 
 
 def test_index_tells_the_truth(digits: Path) -> None:
-    assert sorted(path.name for path in digits.iterdir()) == ["index.json", *SHARDS]
-    assert list(problems(digits)) == []
+    indices = [f"{shard}.idx.npz" for shard in SHARDS]
+    assert sorted(path.name for path in digits.iterdir()) == sorted(["index.json", *SHARDS, *indices])
+    assert check(digits).problems == []
     index = catalogue.read(digits)
     assert index is not None
     assert list(index.shards) == SHARDS
@@ -65,7 +67,11 @@ def test_index_tells_the_truth(digits: Path) -> None:
     raw = broken.read_bytes()
     try:
         broken.write_bytes(raw[:-1] + b"x")
-        assert list(problems(digits)) == [f"{SHARDS[3]} has another sha256 than index.json says"]
+        assert [str(problem) for problem in check(digits).problems] == [
+            f"{SHARDS[3]}: its sha256 is not the one in index.json",
+            f"{SHARDS[3]}, sample 001736 or the one after it: zero block at byte 346112 inside the archive, "
+            f"data goes on at byte {len(raw) - 1}",
+        ]
     finally:
         broken.write_bytes(raw)
 

@@ -111,6 +111,7 @@ def test_workers_do_not_change_anything(root: Path) -> None:
             assert ours["key"] == theirs["key"]
             assert torch.equal(ours["image"], theirs["image"])
             assert torch.equal(ours["label"], theirs["label"])
+            assert torch.equal(ours["flip"], theirs["flip"])
 
 
 def test_flips_belong_to_sample_and_epoch(root: Path) -> None:
@@ -118,7 +119,9 @@ def test_flips_belong_to_sample_and_epoch(root: Path) -> None:
         found = {}
         data = images(root, flip=True, batch_size=batch_size)
         for step, batch in enumerate(islice(data.train_dataloader(), 240 // batch_size)):
-            for row, (key, image) in enumerate(zip(batch["key"], batch["image"][:, 0].numpy(), strict=True)):
+            arrived = data.on_after_batch_transfer(dict(batch), 0)
+            assert set(arrived) == {"image", "label", "key"}
+            for row, (key, image) in enumerate(zip(batch["key"], arrived["image"][:, 0].numpy(), strict=True)):
                 original = picture(int(key[-5:]))
                 mirrored = not np.array_equal(image, original)
                 np.testing.assert_array_equal(image, original[:, ::-1] if mirrored else original)

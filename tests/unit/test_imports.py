@@ -34,7 +34,9 @@ def layer(path: Path) -> Layer:
         others = TRAINING | {"hydra", "omegaconf", "yaml", "rich", "PIL", "tensorboard"}
         return Layer(others, ("platform", "lightningmodules.base", "lightningmodules.shared", "callbacks"))
     if top == "datamodules":
-        return Layer(TRAINING | {"webdataset", "torchdata", "PIL", "simplejpeg", "sklearn"}, ("datamodules",))
+        others = TRAINING | {"webdataset", "torchdata", "PIL", "simplejpeg", "tokenizers"}
+        lazily = {"sklearn", "datasets", "pyarrow"}  # by the functions that need them
+        return Layer(others | lazily, ("datamodules",))
     if top == "callbacks":
         others = TRAINING | {"PIL", "rich", "tensorboard"}
         return Layer(others, ("callbacks", "lightningmodules.base", "lightningmodules.shared"))

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from datamodules import tarindex
-from datamodules.shards import BadSample, ShardSet, find
+from datamodules import catalogue, files, spans, tarindex
+from datamodules.catalogue import Catalogue, ShardEntry
+from datamodules.folders import ImageFolder
+from datamodules.shards import BadSample, ShardSet, Source, find, open_source
 from datamodules.tarindex import BLOCK, scan
 from tests.tars import add, sample, write_set, write_tar
 
@@ -106,13 +109,18 @@ def test_damage_is_named_with_its_byte(tmp_path: Path, kind: str) -> None:
 
 def test_duplicate_keys(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
-    for names in (["a.txt", "b.txt", "a.txt"], ["b.txt", "a.txt", "a.txt"]):
+    for names in (["a.txt", "b.txt", "a.txt", "a.cls", "c.txt"], ["b.txt", "a.txt", "a.txt", "c.txt"]):
         with tarfile.open(path, "w") as archive:
-            for name in names:
-                add(archive, name, b"")
+            for number, name in enumerate(names):
+                add(archive, name, b"%d" % number)
         assert "a.txt appears twice" in scan(path).problem or "key a appears twice" in scan(path).problem
-        with pytest.raises(ValueError, match=r"a.tar, sample a: .*appears twice, again at byte 1536"):
+        with pytest.raises(ValueError, match=r"a.tar, sample a: .*appears twice, again at byte 2560"):
             ShardSet([path], "data.train")
+        shards = ShardSet([path], "data.train", max_bad_fraction=0.5)
+        assert [shards.key(i) for i in range(3)] == sorted(["a", "b", "c"], key="".join(names).index)
+        assert [shards.read(i) for i in range(3)] == [
+            {"txt": b"%d" % names.index(f"{shards.key(i)}.txt")} for i in range(3)
+        ]
 
 
 def test_random_access_from_threads(tmp_path: Path) -> None:
@@ -168,6 +176,10 @@ def test_shard_that_goes_away_while_reading(tmp_path: Path) -> None:
     shards.close()
     with pytest.raises(BadSample, match=r"train-000001.tar, sample #1: No such file"):
         shards.read(4)
+    assert shards.key(4) == "#1"
+    with pytest.raises(BadSample, match=r"train-000001.tar, sample #1: No such file") as caught:
+        shards.gather(np.array([0, 4]), "cls", np.zeros((2, 1), dtype=np.uint8))
+    assert caught.value.row == 1
     paths[0].write_bytes(paths[0].read_bytes()[:2000])
     shards.close()
     with pytest.raises(BadSample, match=r"train-000000.tar, sample train00000.*: truncated at byte 2000"):
@@ -194,3 +206,164 @@ def test_names_and_patterns(tmp_path: Path) -> None:
     assert find("set/train-000001.tar", tmp_path, "data.train") == [every[1]]
     every[1].unlink()
     assert find("*.tar", folder, "data.train", allow_missing=True) == [every[0], every[2]]
+
+
+def describe(folder: Path) -> None:
+    """Write index.json for the shards of a folder."""
+    found = {path.name: scan(path) for path in sorted(folder.glob("*.tar"))}
+    shards = {n: ShardEntry(len(i), i.size, catalogue.sha256(folder / n)) for n, i in found.items()}
+    (folder / catalogue.FILE_NAME).write_text(Catalogue("test", "none", {}, shards).to_json())
+
+
+def test_index_file_beside_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "a.tar", {str(i): {"txt": b"x" * i, "cls": b"1"} for i in range(5)})
+    shape = np.arange(10).reshape(5, 2)
+    made = tarindex.write_sidecar(path, scan(path), {"shape": shape})
+    assert made.name == "a.tar.idx.npz"
+    before = made.read_bytes()
+    assert tarindex.write_sidecar(path, scan(path), {"shape": shape}).read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(tarindex, "scan_open", None)
+        shards = ShardSet([path], "data.train")
+        assert shards.counts.tolist() == [5]
+        assert shards.read(3) == {"txt": b"xxx", "cls": b"1"}
+        assert shards.sizes(0, "txt").tolist() == [0, 1, 2, 3, 4]
+        assert shards.measured(0, "shape", lambda members: (0, 0), 2).tolist() == shape.tolist()
+    write_tar(path, {str(i): {"txt": b"x" * i, "cls": b"1"} for i in range(4)} | {"4": {"txt": b"yyyy", "c": b""}})
+    assert made.stat().st_size
+    assert tarindex.load(path).extensions == ("txt", "cls", "c")  # same size, but not the same shard
+    write_tar(path, {str(i): {"txt": b"x" * 3000} for i in range(7)})
+    assert len(tarindex.load(path)) == 7
+    assert ShardSet([path], "data.train").measured(0, "shape", lambda m: (len(m["txt"]), 1), 2)[6].tolist() == [3000, 1]
+
+
+def test_changes_behind_the_back_of_an_index(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {f"k{i}": {"lat": bytes([i]) * 600} for i in range(20)})
+    tarindex.write_sidecar(path, scan(path))
+    raw = bytearray(path.read_bytes())
+    raw[1536:3072] = bytes(1536)  # header and content of k1
+    path.write_bytes(raw)
+    out = np.zeros((3, 600), dtype=np.uint8)
+    for share, told in (
+        (0.0, "zero block at byte 1536 inside the archive"),
+        (0.1, "sample k1: the header at byte 1536"),
+    ):
+        shards = ShardSet([path], "data.train", share)
+        assert shards.read(2) == {"lat": b"\2" * 600}
+        with pytest.raises(BadSample, match=told):
+            shards.read(1)
+        with pytest.raises(BadSample, match=told) as caught:
+            shards.gather(np.array([3, 1, 2]), "lat", out)
+        assert caught.value.row == 1
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_gather_and_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool) -> None:
+    if not mapped:
+        monkeypatch.setattr(spans, "_LOCAL", set())
+    rng = np.random.default_rng(0)
+    contents = [
+        {"lat": rng.bytes(1000), "odd": rng.bytes(333), "tok": rng.bytes(2 + i), "cls": b"1" * (1 + i // 9)}
+        for i in range(30)
+    ]
+    del contents[17]["tok"]
+    paths = [
+        write_tar(tmp_path / f"{n}.tar", {f"{i:02d}": contents[i] for i in range(10 * n, 10 * n + 10)})
+        for n in range(3)
+    ]
+    shards = ShardSet(paths, "data.train")
+    for number in (1, 5, 64):
+        chosen = rng.integers(0, 30, number)
+        for member, size in (("lat", 1000), ("odd", 333)):
+            out = np.zeros((number, size), dtype=np.uint8)
+            shards.gather(chosen, member, out)
+            assert [row.tobytes() for row in out] == [contents[i][member] for i in chosen]
+    chosen = rng.permutation([i for i in range(30) if i != 17])
+    begins = np.array([i % 2 for i in chosen])
+    lengths = np.array([1 + i for i in chosen]) - begins
+    ends = np.cumsum(lengths)
+    flat = np.zeros((2, ends[-1]), dtype=np.uint8)
+    shards.pieces(chosen, "tok", begins, lengths, flat, ends - lengths)
+    parts = [contents[i]["tok"][b : b + n] for i, b, n in zip(chosen, begins, lengths, strict=True)]
+    assert flat[0].tobytes() == b"".join(parts)
+    assert not flat[1].any()
+
+    def refused(samples: list[int], member: str, size: int) -> tuple[str, int]:
+        with pytest.raises(BadSample) as caught:
+            shards.gather(np.array(samples), member, np.zeros((len(samples), size), dtype=np.uint8))
+        return str(caught.value), caught.value.row
+
+    assert refused([2, 2, 17], "tok", 4) == ("1.tar, sample 17: no .tok among its members (lat, odd, cls)", 2)
+    assert refused([2, 3], "tok", 4) == ("0.tar, sample 03: .tok has 5 bytes, expected 4", 1)
+    assert refused([2], "jpg", 4) == ("0.tar, sample 02: no .jpg among its members (lat, odd, tok, cls)", 0)
+    raw = paths[1].read_bytes()
+    paths[1].write_bytes(raw[:9000])  # while it is open, perhaps mapped
+    text, row = refused([0, 10, 19], "lat", 1000)
+    assert re.match(r"1.tar, sample 19: truncated at byte 9000, the sample ends at byte \d+", text)
+    assert row == 2
+
+
+def test_measured_numbers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLATFORM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        (tmp_path / "images" / f"{number}.png").write_bytes(sample(number)["png"])
+    write_set(tmp_path / "set", [2, 2], classes=0)
+    sources: list[Source] = [ImageFolder(tmp_path / "images", "data.train")]
+    sources.append(open_source("set", tmp_path, "data.train"))
+    calls = []
+
+    def length(members: dict[str, bytes]) -> list[int]:
+        calls.append(members)
+        if members == sample(1):
+            raise ValueError("unreadable")
+        return [len(members["png"])]
+
+    for source in sources:
+        for _ in range(2):
+            calls.clear()
+            found = np.concatenate([source.measured(i, "length", length, 1) for i in range(len(source.names))])
+            assert found.ravel().tolist() == [len(sample(i)["png"]) if i != 1 else 0 for i in range(4)]
+        assert calls == []
+        sizes = np.concatenate([source.sizes(i, "png") for i in range(len(source.names))])
+        assert sizes.tolist() == [len(sample(i)["png"]) for i in range(4)]
+        out = np.zeros((1, sizes[3]), dtype=np.uint8)
+        source.gather(np.array([3]), "png", out)
+        assert out.tobytes() == sample(3)["png"]
+        with pytest.raises(BadSample, match="expected 7"):
+            source.gather(np.array([3]), "png", np.zeros((1, 7), dtype=np.uint8))
+
+
+def test_positions_do_not_depend_on_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_set(tmp_path / "set", [4, 4])
+    describe(folder)
+    sound = open_source("*.tar", folder, "data.train")
+    path = folder / "train-000001.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    damaged = open_source("*.tar", folder, "data.train", max_bad_fraction=0.3)
+    assert damaged.counts.tolist() == sound.counts.tolist()
+    assert damaged.fingerprint == sound.fingerprint
+    assert damaged.read(5) == sample(5, 5)
+    with pytest.raises(BadSample, match=r"train-000001.tar, sample train00006: truncated at byte 5000"):
+        damaged.read(7)
+    monkeypatch.setattr(files, "_MEASURED_SHARDS", 0)
+    monkeypatch.setattr("datamodules.shards._CHECKED_BYTES", 0)
+    late = open_source("*.tar", folder, "data.train")  # too many shards to look at each
+    assert late.read(3) == sample(3, 3)
+    with pytest.raises(BadSample, match=r"train-000001.tar, sample train00006: truncated at byte 5000"):
+        late.read(5)
+
+
+def test_a_described_set_opens_without_reading_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_set(tmp_path / "set", [2] * 20)
+    describe(folder)
+    monkeypatch.setattr("datamodules.shards._CHECKED_BYTES", 0)
+    monkeypatch.setattr(files.LocalFiles, "index", None)
+    monkeypatch.setattr(files.LocalFiles, "open", None)
+    assert open_source("*.tar", folder, "data.train").counts.tolist() == [2] * 20
+
+
+def test_file_addresses(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", [2])
+    for prefix in ("file://", "file:"):
+        assert open_source(f"{prefix}{folder}/train-*.tar", tmp_path / "x", "data.train").counts.tolist() == [2]

@@ -14,7 +14,7 @@ import webdataset
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 BATCH = 64
 _READ = 1 << 20
@@ -48,7 +48,7 @@ def usual(size: int) -> Transform:
     if vision is None:
         return _Plain(size)
     steps = vision.transforms
-    return steps.Compose(  # type: ignore[no-any-return]
+    composed: Transform = steps.Compose(
         [
             steps.Resize(size, interpolation=steps.InterpolationMode.BICUBIC),
             steps.CenterCrop(size),
@@ -57,6 +57,7 @@ def usual(size: int) -> Transform:
             steps.Normalize(_MEAN, _STD),
         ]
     )
+    return composed
 
 
 class _Plain:
@@ -97,7 +98,7 @@ class Fast:
 
 
 def _shrink(pixels: Tensor, size: int) -> Tensor:
-    planes = pixels.permute(2, 0, 1)[None]
+    planes = pixels[None].permute(0, 3, 1, 2)  # in this order torch sees that the channels come last
     return functional.interpolate(planes, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
 
 
@@ -143,7 +144,7 @@ def blobs(paths: list[Path], extension: str) -> list[bytes]:
 
 
 def webdataset_usual(paths: list[Path], size: int) -> Any:
-    """webdataset with Pillow and the usual transforms, batched, as its documentation writes it."""
+    """A webdataset with Pillow and the usual transforms, batched, as its documentation writes it."""
     return (
         webdataset.WebDataset([str(path) for path in paths], shardshuffle=False, empty_check=False)
         .shuffle(1000)
@@ -155,7 +156,7 @@ def webdataset_usual(paths: list[Path], size: int) -> Any:
 
 
 def webdataset_fast(paths: list[Path], size: int) -> Any:
-    """webdataset with our decoder."""
+    """A webdataset with our decoder."""
     return (
         webdataset.WebDataset([str(path) for path in paths], shardshuffle=False, empty_check=False)
         .shuffle(1000)
@@ -166,19 +167,19 @@ def webdataset_fast(paths: list[Path], size: int) -> Any:
 
 
 def webdataset_raw(paths: list[Path]) -> Any:
-    """webdataset without any decoding."""
+    """A webdataset without any decoding."""
     return webdataset.WebDataset([str(path) for path in paths], shardshuffle=False, empty_check=False)
 
 
-def folder_usual(folder: Path, size: int) -> "DataLoader[Any]":
-    """ImageFolder with Pillow and the usual transforms in a DataLoader."""
+def folder_usual(folder: Path, size: int, count: int) -> "DataLoader[Any]":
+    """``count`` images of an ImageFolder with Pillow and the usual transforms in a DataLoader."""
     vision = torchvision()
     data: Any = vision.datasets.ImageFolder(str(folder), usual(size)) if vision else _Folder(folder, usual(size), False)
-    return DataLoader(data, BATCH, shuffle=True)
+    return DataLoader(Subset(data, range(0, len(data), len(data) // count)), BATCH, shuffle=True)
 
 
 def folder_fast(folder: Path, size: int) -> "DataLoader[Any]":
-    """ImageFolder with our decoder in a DataLoader."""
+    """A whole ImageFolder with our decoder in a DataLoader."""
     return DataLoader(_Folder(folder, Fast(size), True), BATCH, shuffle=True)
 
 

@@ -1,0 +1,1 @@
+"""Speed of the data layer beside its limits and beside other loaders: ``python -m platform bench data``."""

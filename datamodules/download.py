@@ -1,0 +1,184 @@
+"""Fetch one remote file through webdataset's openers: no silent truncation, no endless wait, never two at once."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import shlex
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from webdataset.gopen import gopen, gopen_schemes
+
+STALLED_SECONDS = 60.0  # a source that sends nothing for so long is given up
+_POLL_SECONDS = 0.25
+_CHUNK = 1 << 20
+_CURL = {
+    3: "the address is malformed",
+    6: "the host is not known",
+    7: "the host cannot be reached",
+    18: "the connection ended before the file did",
+    22: "the server answered with an error, e.g. 404 not found",
+    28: "the connection timed out",
+}
+
+
+class Absent(OSError):
+    """The other side answered, and does not have the file."""
+
+
+class Closed(OSError):
+    """The fetch was given up because nobody waits for it any more."""
+
+
+def chunks(url: str, stop: threading.Event) -> Iterator[bytes]:
+    """Content of a remote file, piece by piece.
+
+    Args:
+        url: http://, https://, s3://, gs://, hf:// ... or pipe:COMMAND.
+        stop: give up when this is set.
+
+    Raises:
+        OSError: it cannot be had, or not all of it.
+    """
+    stream = gopen(_address(url), "rb")
+    process = getattr(stream, "proc", None)
+    file = getattr(stream, "stream", stream)
+    try:
+        yield from _pieces(file.fileno(), stop)
+        status = process.wait(STALLED_SECONDS) if process is not None else 0
+        if status:
+            by_curl = not url.startswith("pipe:") and status in _CURL
+            text = _CURL[status] if by_curl else f"the command ended with status {status}"
+            raise (Absent if by_curl and status == 22 else OSError)(errno.EIO, text)
+    finally:
+        if process is not None and process.poll() is None:
+            process.kill()
+        file.close()
+        if process is not None:
+            process.wait()
+
+
+def _pieces(file: int, stop: threading.Event) -> Iterator[bytes]:
+    poll = select.poll()
+    with contextlib.suppress(PermissionError):
+        poll.register(file, select.POLLIN | select.POLLHUP)
+    last = time.monotonic()
+    while True:
+        if stop.is_set():
+            raise Closed(errno.ECANCELED, "closed")
+        if not poll.poll(1000 * _POLL_SECONDS):
+            if time.monotonic() - last > STALLED_SECONDS:
+                raise OSError(errno.ETIMEDOUT, f"nothing came for {STALLED_SECONDS:.0f} s")
+            continue
+        data = os.read(file, _CHUNK)
+        if not data:
+            return
+        last = time.monotonic()
+        yield data
+
+
+def _address(url: str) -> str:
+    """What webdataset opens; it has no opener for s3:// of its own."""
+    if url.startswith("s3://") and "s3" not in gopen_schemes:
+        return f"pipe:aws s3 cp {shlex.quote(url)} -"
+    return url
+
+
+class Lock:
+    """Lets one process or thread of this machine work on a file; the kernel releases it when its owner dies.
+
+    The lock file names its owner and is touched while the work goes on. An owner that hangs, or one on another
+    machine whose file system keeps the lock for it, is waited for no longer than ``STALLED_SECONDS`` without a sign of
+    life. Working on a file twice is a waste, never an error.
+
+    Args:
+        path: the file to be worked on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.with_name(f"{path.name}.lock")
+        self._file = -1
+
+    def acquire(self, wait: bool, stop: threading.Event) -> bool:
+        """Take the lock. Returns False, if ``wait`` is false and somebody else has it.
+
+        Raises:
+            OSError: it was closed meanwhile, or the lock file cannot be made.
+        """
+        while not self._try():
+            if not wait:
+                return False
+            if self._stale():
+                return True
+            if stop.wait(_POLL_SECONDS):
+                raise Closed(errno.ECANCELED, "closed")
+        return True
+
+    def touch(self) -> None:
+        """Give a sign of life."""
+        if self._file >= 0:
+            with contextlib.suppress(OSError):
+                os.utime(self._file)
+
+    def release(self) -> None:
+        """Let the next one in."""
+        if self._file >= 0:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            os.close(self._file)
+            self._file = -1
+
+    def _try(self) -> bool:
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file).st_ino != os.stat(self.path).st_ino:  # its last owner has just removed it
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
+            os.close(file)
+            return False
+        except OSError:  # a file system without locks
+            os.close(file)
+            return True
+        os.ftruncate(file, 0)
+        os.write(file, owner().encode())
+        self._file = file
+        return True
+
+    def _stale(self) -> bool:
+        try:
+            return time.time() - self.path.stat().st_mtime > STALLED_SECONDS
+        except OSError:
+            return False
+
+
+def owner() -> str:
+    """Host and process, as they stand in the names of unfinished files."""
+    return f"{socket.gethostname()}.{os.getpid()}"
+
+
+def abandoned(part: Path) -> bool:
+    """Whether an unfinished file ``<name>.<host>.<process>.<thread>.part`` has lost its owner."""
+    host, process, _ = part.name.removesuffix(".part").rsplit(".", 2)
+    try:
+        if not host.endswith(f".{socket.gethostname()}") or not process.isdigit():
+            return time.time() - part.stat().st_mtime > 60 * STALLED_SECONDS
+        os.kill(int(process), 0)
+    except (ProcessLookupError, FileNotFoundError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def write_all(file: int, data: bytes) -> None:
+    """Write all of it."""
+    view: Any = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]

@@ -1,0 +1,128 @@
+"""Where the shards of a set are, and how to get hold of one."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from datamodules import catalogue, tarindex
+from datamodules.catalogue import ShardEntry
+from datamodules.order import Ints
+from datamodules.tarindex import TarIndex
+
+_MEASURED_SHARDS = 2000  # with more shards than this, sizes are compared with index.json as the shards are opened
+
+
+class Files(Protocol):
+    """A list of shards, on this machine or elsewhere; safe to use from several threads.
+
+    Attributes:
+        names: file names in order.
+        entries: what index.json says about each; None where it says nothing.
+        sizes: bytes of each.
+        place: folder or address, for messages.
+        cards: what index.json says about the members, once per folder that has one.
+        verified: whether every file is compared with index.json on its way here, so that nobody else need do it.
+    """
+
+    names: list[str]
+    entries: list[ShardEntry | None]
+    sizes: list[int]
+    place: str
+    cards: list[dict[str, Any]]
+    verified: bool
+
+    def open(self, shard: int) -> int:
+        """A descriptor of the file, which stays good if the file is removed.
+
+        Raises:
+            OSError: it is not to be had.
+        """
+
+    def index(self, shard: int) -> TarIndex:
+        """What the shard holds.
+
+        Raises:
+            OSError: it is not to be had.
+        """
+
+    def scan(self, shard: int) -> TarIndex:
+        """What the shard holds, from its bytes alone.
+
+        Raises:
+            OSError: it is not to be had.
+        """
+
+    def stored(self, shard: int, name: str, shape: tuple[int, int]) -> Ints | None:
+        """A measured column from beside the shard or from the cache, or None."""
+
+    def store(self, shard: int, name: str, table: Ints) -> None:
+        """Put a measured column into the cache."""
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """These shards will be opened before long."""
+
+    def health(self) -> dict[str, float]:
+        """Counters for the log."""
+
+    def close(self) -> None:
+        """End what runs in the background."""
+
+
+class LocalFiles:
+    """Shards that are files of this machine.
+
+    Args:
+        paths: the files in order.
+    """
+
+    verified = False
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+        self.names = [path.name for path in self.paths]
+        self.place = f"folder {self.paths[0].parent}"
+        listed = {folder: catalogue.read(folder) for folder in {path.parent for path in self.paths}}
+        self.cards = [index.card for index in listed.values() if index]
+        self.entries = [index.shards.get(path.name) if (index := listed[path.parent]) else None for path in self.paths]
+        few = len(self.paths) <= _MEASURED_SHARDS
+        self.sizes = [
+            path.stat().st_size if few or entry is None else entry.bytes
+            for path, entry in zip(self.paths, self.entries, strict=True)
+        ]
+
+    def open(self, shard: int) -> int:
+        """A descriptor of the file."""
+        return os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+
+    def index(self, shard: int) -> TarIndex:
+        """What the shard holds."""
+        return tarindex.load(self.paths[shard])
+
+    def scan(self, shard: int) -> TarIndex:
+        """What the shard holds, from its bytes alone."""
+        return tarindex.scan(self.paths[shard])
+
+    def stored(self, shard: int, name: str, shape: tuple[int, int]) -> Ints | None:
+        """A measured column from beside the shard or from the cache, or None."""
+        path = self.paths[shard]
+        found = tarindex.read_measured(tarindex.sidecar(path), path.stat().st_size, name, shape)
+        if found is not None:
+            return found
+        kept = tarindex.cache_file(tarindex.identity(path), name)
+        return tarindex.read_measured(kept, path.stat().st_size, name, shape)
+
+    def store(self, shard: int, name: str, table: Ints) -> None:
+        """Put a measured column into the cache."""
+        path = self.paths[shard]
+        tarindex.keep_measured(tarindex.cache_file(tarindex.identity(path), name), path.stat().st_size, name, table)
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Nothing to do: they are here."""
+
+    def health(self) -> dict[str, float]:
+        """Nothing to count."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing runs."""

@@ -1,0 +1,114 @@
+"""Which files a setting names: wildcards, braces, lists and folders, and what is missing among them."""
+
+import difflib
+import logging
+import re
+from collections.abc import Iterable
+from glob import glob, has_magic
+from pathlib import Path
+
+from webdataset.shardlists import expand_urls
+
+from datamodules import catalogue
+
+log = logging.getLogger(__name__)
+
+_NUMBERED = re.compile(r"(.*?)(\d+)\.tar$")
+
+
+def find(patterns: str | Iterable[str], root: Path, setting: str, allow_missing: bool = False) -> list[Path]:
+    """Files (or one folder) that a setting names.
+
+    Args:
+        patterns: names relative to ``root`` or absolute, with ``*``, ``?``, ``[..]`` or braces as in
+            ``train-{000000..001023}.tar``; a list of them; or a folder.
+        root: folder that relative names start from.
+        setting: name of the setting, for messages, e.g. "data.train".
+        allow_missing: accept that some of the named files are absent.
+
+    Returns:
+        Existing paths, sorted, each once.
+
+    Raises:
+        ValueError: nothing is found, or some of the files are missing.
+    """
+    wanted: dict[Path, None] = {}
+    texts = [patterns] if isinstance(patterns, str) else list(patterns)
+    for text in texts:
+        matches = [path for name in braces(text, setting) for path in _expand(root / Path(name).expanduser())]
+        if not any(path.exists() for path in matches):
+            raise ValueError(_nothing_found(text, root, setting))
+        wanted.update(dict.fromkeys(matches))
+    paths = sorted(wanted)
+    missing = [path for path in paths if not path.exists()]
+    if missing and not allow_missing:
+        shown = str(root / texts[0]) if len(texts) == 1 else f"{len(texts)} patterns in {root}"
+        raise ValueError(
+            f"{setting}='{shown}': {len(missing)} of {len(paths)} files are missing, first: {missing[0].name}. "
+            "Copy them, or accept the rest with data.allow_missing=true."
+        )
+    if missing:
+        log.warning("%s: %d of %d files are missing, first: %s", setting, len(missing), len(paths), missing[0].name)
+    return [path for path in paths if path.exists()]
+
+
+def braces(text: str, setting: str) -> list[str]:
+    """Names that a pattern with braces stands for.
+
+    Raises:
+        ValueError: the braces cannot be understood.
+    """
+    try:
+        return list(expand_urls(text))
+    except ValueError as error:
+        raise ValueError(f"{setting}='{text}': {error}. Write ranges as in train-{{000000..001023}}.tar.") from error
+
+
+def _expand(path: Path) -> list[Path]:
+    """Files that one name stands for, absent ones included where their absence can be known."""
+    if path.is_dir():
+        return sorted(path.glob("*.tar")) or [path]
+    if not has_magic(str(path)):
+        return [path]
+    found = [Path(name) for name in glob(str(path))]
+    index = catalogue.read(path.parent) if found and not has_magic(str(path.parent)) else None
+    if index is not None:
+        return [*found, *(path.parent / name for name in index.shards if Path(name).match(path.name))]
+    return [*found, *_gaps(found)]
+
+
+def _gaps(found: list[Path]) -> list[Path]:
+    """Files whose absence shows as a gap in an otherwise dense numbering."""
+    groups: dict[tuple[Path, str, int], set[int]] = {}
+    for path in found:
+        match = _NUMBERED.match(path.name)
+        if match:
+            groups.setdefault((path.parent, match[1], len(match[2])), set()).add(int(match[2]))
+    gaps: list[Path] = []
+    for (folder, stem, width), numbers in groups.items():
+        span = max(numbers) - min(numbers) + 1
+        if len(numbers) < span <= 2 * len(numbers):
+            absent = set(range(min(numbers), max(numbers))) - numbers
+            gaps += [folder / f"{stem}{number:0{width}d}.tar" for number in absent]
+    return gaps
+
+
+def _nothing_found(text: str, root: Path, setting: str) -> str:
+    path = root / text
+    folder = path.parent
+    if has_magic(str(folder)) or "{" in str(folder):
+        folder = root
+    if not folder.is_dir():
+        nearest = next(parent for parent in folder.absolute().parents if parent.is_dir())
+        return (
+            f"{setting}='{path}' matches no file: the folder {folder} does not exist, only {nearest} does. "
+            "Set data.root to the folder of the shards."
+        )
+    names = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if not entry.name.startswith(".") and not entry.name.endswith(".idx.npz")
+    )
+    close = difflib.get_close_matches(Path(text).name, names, n=3, cutoff=0.4) or names[:3]
+    there = f"Nearest names there: {', '.join(close)}." if close else "The folder is empty."
+    return f"{setting}='{path}' matches no file. {there} Set {setting} and data.root to your shards."

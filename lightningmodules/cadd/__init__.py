@@ -1,0 +1,1 @@
+"""CADD: masked diffusion over tokens with a continuous companion; without it, plain masked diffusion."""

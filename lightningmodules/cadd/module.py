@@ -1,0 +1,497 @@
+"""CADD and its masked-diffusion baseline as a room of the house: draws noise, calls the formulas, reports terms."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightningmodules.base import GenerativeModule
+from lightningmodules.cadd import process
+from lightningmodules.cadd.network import CaddNet, layout
+from lightningmodules.cadd.process import Estimator, Path
+from lightningmodules.cadd.sampler import Denoiser, Latent, LatentMotion, canvas, noise_level
+from lightningmodules.cadd.weights import load_start, translate
+from lightningmodules.shared import masking
+from lightningmodules.shared.codecs import Batch, PixelTokens, Tokens
+from lightningmodules.shared.conditioning import Condition
+from lightningmodules.shared.masking import Schedule
+from lightningmodules.shared.noise import Noise, SampleNoise
+from lightningmodules.shared.samplers.masked import Counts, Draw, Grid, Order, Plan, Remask, Wino, reveal, wino
+from lightningmodules.shared.token_transformer import without
+
+SWITCH: dict[Any, Latent] = {True: "on", False: "off", "on": "on", "off": "off", "selfcond": "selfcond"}
+SELF_CONDITIONED = 0.5  # share of training rows that see their own first prediction
+
+
+class Bound(NamedTuple):
+    """A bound on -log p, draw by draw; its mean over draws is the estimate.
+
+    Attributes:
+        t: time of every draw and row, (K, B).
+        cross_entropy: part of the tokens, nats per row, (K, B).
+        continuous: part of the latent, nats per row, (K, B); 0 without one.
+        tokens: tokens counted in every row, (B,).
+    """
+
+    t: Tensor
+    cross_entropy: Tensor
+    continuous: Tensor
+    tokens: Tensor
+
+
+class Cadd(GenerativeModule):
+    """Masked diffusion over tokens; with ``latent`` on, a Gaussian companion sharpens as the tokens are revealed.
+
+    Args:
+        net: builds the network from the size of the vocabulary, ``CaddNet`` with its other arguments.
+        codec: rows of tokens; its vocabulary and mask are the network's.
+        optimizer: takes the parameters, returns the optimiser.
+        schedule: ``(step, total_steps) -> factor`` of the learning rate.
+        ema_decays: one average of the weights per decay in (0, 1).
+        latent: on; off, plain masked diffusion; or selfcond, the network's own previous prediction instead.
+        latent_norm: "unit" scales the latent of every token to the norm ``latent_rho``, "none" takes the embedding.
+        latent_rho: that norm; auto is sqrt(2 ln V), at which noise hides a token for half of the time.
+        latent_gate: initial value of learnt factors on the latent; null for none. 0 continues a masked model exactly.
+        latent_detach: let no gradient reach the embedding through the latent.
+        latent_path: "vp", variance preserving, or "flow", a straight line.
+        alpha: share of tokens kept over time; null is 1 - t.
+        gamma: share of the latent's signal left over time; null is 1 - t.
+        weight: of the cross-entropy: "elbo", -alpha' / (1 - alpha), or "uniform".
+        mse_coef: weight of the squared error of the soft estimate, in units of the cross-entropy's; >= 0.
+        time_conditioning: tell the network the noise level; auto: with a latent (by a new path that starts at zero if
+            ``latent_gate`` is set), not without.
+        discrete_steps: T of MDLM's discrete time; 0 for continuous time.
+        time_eps: least time in training, in [0, 1).
+        label_drop: probability with which a label is replaced by "no class" in training, 0..1.
+        start: weights to begin with: a checkpoint of kuleshov-group/mdlm or exported weights; null for none.
+
+    Source: arXiv 2510.01329 (CADD); arXiv 2406.07524, kuleshov-group/mdlm (masked diffusion).
+    """
+
+    likelihood = "bound"
+    codec: Tokens | PixelTokens
+
+    def __init__(
+        self,
+        *,
+        net: Callable[..., CaddNet],
+        codec: Tokens | PixelTokens,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        schedule: Callable[[int, int], float] | None = None,
+        ema_decays: Sequence[float] = (),
+        latent: bool | Literal["on", "off", "selfcond"] = "on",
+        latent_norm: Literal["unit", "none"] = "unit",
+        latent_rho: float | Literal["auto"] = "auto",
+        latent_gate: float | None = None,
+        latent_detach: bool = False,
+        latent_path: Path = "vp",
+        alpha: Schedule | None = None,
+        gamma: Schedule | None = None,
+        weight: Literal["elbo", "uniform"] = "elbo",
+        mse_coef: float = 0.0,
+        time_conditioning: bool | Literal["auto"] = "auto",
+        discrete_steps: int = 0,
+        time_eps: float = 1e-3,
+        label_drop: float = 0.1,
+        start: str | None = None,
+    ) -> None:
+        super().__init__(codec=codec, optimizer=optimizer, schedule=schedule, ema_decays=ema_decays)
+        if latent not in SWITCH:
+            raise ValueError(f"module.latent={latent!r}: expected on, off or selfcond.")
+        for name, value, high in (("label_drop", label_drop, 1.0), ("time_eps", time_eps, 0.999)):
+            if not 0 <= value <= high:
+                raise ValueError(f"module.{name}={value}: expected 0 to {high:g}.")
+        if mse_coef < 0 or discrete_steps < 0:
+            raise ValueError(f"module.mse_coef={mse_coef}, module.discrete_steps={discrete_steps}: expected >= 0.")
+        if isinstance(latent_rho, int | float) and latent_rho <= 0:
+            raise ValueError(f"module.latent_rho={latent_rho}: expected > 0 or auto (sqrt(2 ln vocabulary)).")
+        self.needs = frozenset({"image" if isinstance(codec, PixelTokens) else "tokens"})  # type: ignore[misc]
+        self.latent: Latent = SWITCH[latent]
+        self.latent_norm, self.latent_detach, self.latent_path = latent_norm, latent_detach, latent_path
+        self.rho = process.latent_radius(codec.vocabulary, None if latent_rho == "auto" else float(latent_rho))
+        self.latent_gate = None if self.latent == "off" else latent_gate
+        self.alpha, self.gamma = alpha or masking.LogLinear(0.0), gamma or masking.LogLinear(0.0)
+        self.weight, self.mse_coef, self.discrete_steps = weight, mse_coef, discrete_steps
+        self.timed = self.latent == "on" if time_conditioning == "auto" else bool(time_conditioning)
+        self.added_time = time_conditioning == "auto" and self.timed and self.latent_gate is not None
+        self.time_eps, self.label_drop, self.start = time_eps, label_drop, start
+        self._net = net
+        self.num_classes = int(getattr(net, "keywords", {}).get("num_classes", 0))
+        self.evaluations: Tensor | None = None  # network evaluations of every row of the last call of sample()
+        self._film: list[Tensor] | None = None
+
+    # ---- networks -------------------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Create the network, and fill it with the weights to start from."""
+        codec = self.codec
+        rows = codec.vocabulary + (codec.mask_id >= codec.vocabulary)
+        self.net = self._net(rows, latent_gate=self.latent_gate, added_time=self.added_time)
+        if self.net.length < codec.shape[0]:
+            raise ValueError(
+                f"The network reads {self.net.length} tokens (module.net.length), the codec makes {codec.shape[0]}."
+                " Set module.net.length from data.length."
+            )
+        self.num_classes = self.net.num_classes
+        if self.start is not None:
+            load_start(self.net, self.start)
+
+    def averaged(self) -> dict[str, nn.Module]:
+        """The network."""
+        return {"net": self.net}
+
+    def shard_units(self) -> list[nn.Module]:
+        """The transformer blocks."""
+        return list(self.net.layers)
+
+    @classmethod
+    def translate(cls, official: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Keys of kuleshov-group/mdlm to ours, see ``weights.translate``."""
+        return translate(official)
+
+    def flops_per_sample(self) -> float:
+        """Forward pass of one row, counted three times: the backward pass costs two."""
+        return 3.0 * self.net.flops(self.codec.shape[0])
+
+    def latent_rows(self, tokens: Tensor | None = None) -> Tensor:
+        """Latents of tokens (N,), or of all tokens that can be predicted, in the order of the logits; float32."""
+        table = self.net.vocab_embed.embedding
+        if tokens is None:
+            rows = table[:-1] if self.codec.mask_id == len(table) - 1 else table
+        else:
+            rows = F.embedding(tokens, table)
+        rows = rows.detach() if self.latent_detach else rows
+        return process.unit_rows(rows, self.rho) if self.latent_norm == "unit" else rows.float()
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Weighted cross-entropy of masked tokens, nats per token of the batch.
+
+        Returns:
+            ``loss``; ``cross_entropy``, its mean over masked tokens without weight (with a latent this is no bound on
+            a likelihood: the latent gives the tokens away); ``squared_error`` if it is part of the loss.
+        """
+        x0 = self.codec.encode(batch)
+        eligible = self._eligible(batch, x0)
+        t = self._times(len(x0))
+        masked = (torch.rand(x0.shape, device=x0.device) < self.alpha.lost(t).float().unsqueeze(1)) & eligible
+        labels = self._labels(batch)
+        if labels is not None and self.training and self.label_drop:
+            labels = labels.masked_fill(torch.rand(labels.shape, device=labels.device) < self.label_drop, -1)
+        at = masked.flatten().nonzero().squeeze(1)
+        row, targets = at // x0.shape[1], x0.flatten()[at]
+        hidden, condition, clean = self._encode(batch, x0, masked, at, t, labels, None)
+        weight = self._weight(t).float()[row] / eligible.sum()
+        if self.mse_coef:
+            logits = self._real(self.net.logits(hidden, condition, at).float())
+            ce = F.cross_entropy(logits, targets, reduction="none")
+            clean = self.latent_rows(targets) if clean is None else clean
+            squared = (clean - logits.softmax(dim=1) @ self.latent_rows()).square().sum(dim=1)
+            terms = {"loss": (weight * (ce + self.mse_coef * squared)).sum(), "squared_error": squared.sum()}
+            terms["squared_error"] = terms["squared_error"] / max(1, len(at))
+        else:
+            ce, _ = self.net.cross_entropy(hidden, condition, at, targets, self.codec.mask_id)
+            terms = {"loss": (weight * ce).sum()}
+        return {**terms, "cross_entropy": ce.detach().sum() / max(1, len(at))}
+
+    def _encode(
+        self,
+        batch: Batch,
+        x0: Tensor,
+        masked: Tensor,
+        at: Tensor,
+        t: Tensor,
+        labels: Tensor | None,
+        noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states and condition of rows with masks; the clean latents (N, hidden) where there is a latent.
+
+        ``noise`` (N, hidden) is that of the latent; None draws it.
+        """
+        tokens = masking.corrupt(x0, masked, self.codec.mask_id)
+        condition = self.net.condition(noise_level(self.alpha, t) if self.timed else None, labels)
+        where = layout(batch)
+        embedded, clean = self.net.vocab_embed(tokens), None
+        if self.latent == "on":
+            clean = self.latent_rows(x0.flatten()[at])
+            noise = torch.randn_like(clean) if noise is None else noise
+            gamma = self.gamma.keep(t).float()[at // x0.shape[1]].unsqueeze(1)
+            embedded = self.net.fuse(embedded, at, process.noisy_latent(clean, noise, gamma, self.latent_path))
+        elif self.latent == "selfcond" and self.training:
+            embedded = self._self_conditioned(embedded, condition, masked, where)
+        return self.net.trunk(embedded, condition, **where), condition, clean
+
+    def _self_conditioned(
+        self, embedded: Tensor, condition: Tensor, masked: Tensor, where: dict[str, Tensor | None]
+    ) -> Tensor:
+        """Half of the rows see the mean latent of their own first prediction.
+
+        Source: arXiv 2208.04202, self-conditioning.
+        """
+        chosen = torch.rand(len(embedded), 1, device=embedded.device) < SELF_CONDITIONED
+        at = (masked & chosen).flatten().nonzero().squeeze(1)
+        with torch.no_grad():
+            hidden = self.net.trunk(embedded, condition, **where)
+            logits = self._real(self.net.logits(hidden, condition, at).float())
+            guess = process.estimate(logits, self.latent_rows(), "soft")
+        return self.net.fuse(embedded, at, guess)
+
+    def _real(self, logits: Tensor) -> Tensor:
+        return without(logits, self.codec.mask_id)
+
+    def _weight(self, t: Tensor) -> Tensor:
+        if self.weight == "uniform":
+            return torch.ones_like(t)
+        if self.discrete_steps:
+            return 1.0 / t.clamp(max=1.0 - 1e-4)
+        return self.alpha.weight(t)
+
+    def _times(self, rows: int) -> Tensor:
+        """One time per row, (B,) float64, spread evenly over the global batch of an update."""
+        world = getattr(self._trainer, "world_size", 1)
+        parts = getattr(self._trainer, "accumulate_grad_batches", 1) if self.training else 1
+        rank = getattr(self._trainer, "global_rank", 0)
+        part = (self.micro_batches - 1) % parts
+        index = (part * world + rank) * rows + torch.arange(rows, device=self.device, dtype=torch.float64)
+        uniform = torch.rand(rows, dtype=torch.float64, device=self.device)
+        u = masking.stratified(uniform, index, rows * world * parts)
+        t = 1.0 - (1.0 - self.time_eps) * u  # in (time_eps, 1]
+        return masking.discretise(t.clamp(max=1.0 - 1e-12), self.discrete_steps) if self.discrete_steps else t
+
+    def _eligible(self, batch: Batch, x0: Tensor) -> Tensor:
+        """Positions that may be masked: real tokens that are not given; (B, L) bool."""
+        eligible: Tensor = batch["valid"] if "valid" in batch else torch.ones_like(x0, dtype=torch.bool)
+        if "given" in batch:
+            eligible = eligible & ~batch["given"]
+        if eligible.device.type == "cpu" and not bool(eligible.any(dim=1).all()):
+            row = int((~eligible.any(dim=1)).nonzero()[0])
+            key = batch["key"][row] if "key" in batch else f"row {row}"
+            raise ValueError(
+                f"The row {key} has no token that could be masked: all of it is padding or given. Drop empty documents"
+                " from the data, or raise data.length."
+            )
+        return eligible
+
+    def _labels(self, batch: Batch) -> Tensor | None:
+        if not self.num_classes:
+            return None
+        if "label" not in batch:
+            raise ValueError(
+                f"A network of {self.num_classes} classes (module.net.num_classes) needs labels; the batch holds "
+                f"{sorted(batch)}. Point data at labelled shards, or set module.net.num_classes=0."
+            )
+        labels: Tensor = batch["label"]
+        self._check_labels(labels)
+        return labels
+
+    def _check_labels(self, labels: Tensor) -> None:
+        if (
+            labels.device.type == "cpu"
+            and len(labels)
+            and not -1 <= int(labels.min()) <= int(labels.max()) < max(1, self.num_classes)
+        ):
+            raise ValueError(
+                f"Label {int(labels.max())} came; the model has {self.num_classes} classes, 0 to"
+                f" {self.num_classes - 1}, and -1 for none. Set module.net.num_classes or the labels."
+            )
+
+    # ---- likelihood -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def log_likelihood(
+        self, batch: Batch, *, seeds: Sequence[int] | None = None, conditional: bool = True, draws: int = 4
+    ) -> Tensor:
+        """Lower bound on the log-probability of rows, (B,) nats; see :meth:`bound`, whose arguments it takes."""
+        found = self.bound(batch, seeds=seeds, conditional=conditional, draws=draws)
+        return -(found.cross_entropy + found.continuous).mean(dim=0)
+
+    @torch.no_grad()
+    def bound(
+        self, batch: Batch, *, seeds: Sequence[int] | None = None, conditional: bool = True, draws: int = 4
+    ) -> Bound:
+        """The continuous-time bound on -log p of rows: cross-entropy of the tokens plus squared error of the latent.
+
+        Args:
+            batch: as in training.
+            seeds: one per row for masks, times and latents; None draws from the default generator.
+            conditional: log p(row | label) where the network knows classes.
+            draws: masked versions of every row, spread evenly over the number of masks.
+
+        Returns:
+            Unbiased draws of the bound. The estimate of the clean latent is the soft one. A network that conditions on
+            its own predictions is taken without them.
+
+        Source: arXiv 2406.07524, equation 10; with a latent the integral of -SNR' / 2 times the squared error besides.
+        """
+        x0 = self.codec.encode(batch)
+        eligible = self._eligible(batch, x0)
+        labels = self._labels(batch) if conditional else None
+        if seeds is None:
+            seeds = torch.randint(2**62, (len(x0),)).tolist()
+        noise = SampleNoise(seeds, x0.device)
+        parts = [self._bound_of(batch, x0, eligible, labels, noise, (k, draws)) for k in range(draws)]
+        t, ce, continuous = (torch.stack(values) for values in zip(*parts, strict=True))
+        return Bound(t, ce, continuous, eligible.sum(dim=1))
+
+    def _bound_of(
+        self,
+        batch: Batch,
+        x0: Tensor,
+        eligible: Tensor,
+        labels: Tensor | None,
+        noise: Noise,
+        which: tuple[int, int],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, length = x0.shape
+        share = (noise.uniform(1, dtype=torch.float64).squeeze(1) + which[0]) / which[1]
+        uniform = noise.uniform(length, dtype=torch.float64)
+        masked, lost, weight = masking.count_masks(uniform, eligible, share)
+        t = self.alpha.time_of(lost)
+        at = masked.flatten().nonzero().squeeze(1)
+        latent = None
+        if self.latent == "on":
+            latent = noise.normal(length, self.net.hidden).flatten(0, 1)[at]
+        hidden, condition, clean = self._encode(batch, x0, masked, at, t, labels, latent)
+        row, targets = at // length, x0.flatten()[at]
+        logits = self._real(self.net.logits(hidden, condition, at).float())
+        log_probs = logits.log_softmax(dim=1)
+        nats = -log_probs.gather(1, targets.unsqueeze(1)).squeeze(1).double()
+        total = torch.zeros(rows, dtype=torch.float64, device=x0.device).index_add(0, row, nats)
+        if clean is None:
+            return t, weight * total, torch.zeros_like(total)
+        error = (clean - log_probs.exp() @ self.latent_rows()).square().sum(dim=1).double()
+        squared = torch.zeros_like(total).index_add(0, row, error)
+        rate = process.squared_error_rate(self.gamma.keep(t), self.gamma.rate(t), self.latent_path)
+        return t, weight * total, weight * squared * rate * lost / self.alpha.rate(t)
+
+    # ---- sampling -------------------------------------------------------------------------------------------------
+
+    def null_condition(self, n: int) -> Condition:
+        """No class, n rows."""
+        return Condition(label=torch.full((n,), -1))
+
+    def sample(
+        self,
+        seeds: Sequence[int],
+        condition: Condition | None = None,
+        *,
+        guidance: float = 1.0,
+        noise: Noise | None = None,
+        steps: int = 128,
+        order: Order = "ancestral",
+        counts: Counts = "even",
+        order_temperature: float = 0.0,
+        block: int = 0,
+        grid: Grid = "linear",
+        cache: bool = True,
+        temperature: float = 1.0,
+        temperature_start: float | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        draws: Literal["float64", "float32"] = "float64",
+        remask: Remask = "none",
+        remask_strength: float = 0.0,
+        draft: float = 0.6,
+        verify: float = 0.9,
+        estimator: Estimator = "hard",
+        latent_temperature: float = 1.0,
+        latent_top_k: int = 0,
+        latents: int = 1,
+        latent_strength: float = 1.0,
+        eta: float = 1.0,
+    ) -> Tensor:
+        """Draw rows of tokens; ``evaluations`` then holds how often the network was called for each.
+
+        Args:
+            seeds: one per row.
+            condition: labels, -1 for none; ``prompt`` (n, P) tokens that the row begins with, -1 where one is to be
+                drawn, so that any part of a row can be given.
+            guidance: weight w of uncond + w (cond - uncond) on log-probabilities of clean tokens, 1 is off; led by the
+                class where the network knows classes, by the prompt otherwise.
+            noise: where draws come from instead of the seeds.
+            steps: of the reverse process (not for wino).
+            order: which positions are revealed: ancestral, random, confidence, margin, entropy, or wino (draft wide,
+                verify narrow).
+            counts: how many, for orders from random to entropy: even, schedule, floor.
+            order_temperature: noise on the order.
+            block: positions per block, drawn one block after the other; 0 for all at once.
+            grid: of times: linear or cosine.
+            cache: skip evaluations that reveal nothing; only without a latent.
+            temperature: of the tokens' probabilities; 0 takes the likeliest.
+            temperature_start: temperature at the start, falling to ``temperature``; null for constant.
+            top_k: likeliest tokens that may be drawn; 0 for all.
+            top_p: share of probability that may be drawn.
+            draws: float64, or float32, in which rare tokens vanish.
+            remask: none, cap, rescale or corrector: revealed tokens may be masked again.
+            remask_strength: how much.
+            draft: wino: probability above which a token is revealed.
+            verify: wino: probability below which it is taken back.
+            estimator: of the clean latent: hard, soft or sampled.
+            latent_temperature: of the probabilities it is made from.
+            latent_top_k: likeliest tokens it is made from; 0 for all.
+            latents: latents per row whose predictions are averaged.
+            latent_strength: factor on the latent; experimental.
+            eta: fresh noise of the latent, 1 draws from the posterior, 0 is deterministic.
+
+        Returns:
+            (n, L) int64, each below the vocabulary; given tokens are as given.
+        """
+        draw = Draw(temperature, temperature_start, top_k, top_p, getattr(torch, draws))
+        motion = LatentMotion(
+            estimator, latent_temperature, latent_top_k, latents, latent_strength, eta, self.latent_path
+        )
+        tokens, free = canvas(self.codec, len(seeds), None if condition is None else condition.prompt, self.device)
+        noise = noise or SampleNoise(seeds, self.device)
+        labels = self._wanted(len(seeds), condition)
+        with torch.no_grad():
+            table = None if self.latent == "off" else self.latent_rows()
+        model = Denoiser(
+            self.net,
+            mask_id=self.codec.mask_id,
+            schedule=self.alpha,
+            gamma=self.gamma,
+            noise=noise,
+            shape=(tokens.shape[0], tokens.shape[1]),
+            latent=self.latent,
+            motion=motion,
+            table=table,
+            timed=self.timed,
+            labels=labels,
+            guidance=guidance,
+            prompt=~free if labels is None and not bool(free.all()) else None,
+        )
+        watch = None if self._film is None else self._film.append
+        if order == "wino":
+            found = wino(model, tokens, free, noise, Wino(self.alpha, block, draft, verify), draw, watch)
+        else:
+            plan = Plan(
+                self.alpha, steps, order, counts, order_temperature, block, remask, remask_strength, grid, cache
+            )
+            found = reveal(model, tokens, free, noise, plan, draw, watch)
+        self.evaluations = found.evaluations
+        return found.tokens
+
+    def trajectory(self, seeds: Sequence[int], condition: Condition | None = None, **settings: Any) -> list[Tensor]:
+        """The path of ``sample``, same arguments: the rows at the start and after every step, (n, L) int64 each.
+
+        A position not drawn yet holds ``codec.mask_id``.
+        """
+        self._film = []
+        try:
+            self.sample(seeds, condition, **settings)
+            return self._film
+        finally:
+            self._film = None
+
+    def _wanted(self, rows: int, condition: Condition | None) -> Tensor | None:
+        """Labels that are asked for, on the device; None where there are no classes."""
+        labels = None if condition is None or not self.num_classes else condition.label
+        if labels is None:
+            return None
+        if len(labels) != rows:
+            raise ValueError(f"{rows} seeds but {len(labels)} labels came; give one label per seed.")
+        self._check_labels(labels.cpu())
+        return labels.to(self.device)

@@ -1,0 +1,101 @@
+"""The network of CADD: the masked-diffusion transformer, and how a latent is added to its input."""
+
+import torch
+from torch import Tensor, nn
+
+from lightningmodules.shared.codecs import Batch
+from lightningmodules.shared.token_transformer import FREQUENCIES, TokenTransformer, document_mask, sinusoids
+
+
+class CaddNet(TokenTransformer):
+    """``TokenTransformer`` with what a latent may need. Without the two options it is exactly that, key by key.
+
+    Args:
+        vocabulary: see ``TokenTransformer``, as all up to ``gate_init``.
+        hidden: width of the residual stream.
+        blocks: transformer blocks.
+        heads: attention heads.
+        cond_dim: width of the condition vector.
+        length: longest sequence.
+        expansion: width of the perceptron in units of ``hidden``.
+        dropout: dropout probability of branches.
+        num_classes: classes; 0 for none.
+        gate_init: initial gates of the branches.
+        latent_gate: initial value of learnt factors on the latent's features; None for plain addition. With 0 a
+            network trained without a latent is continued exactly where it was.
+        added_time: the noise level enters through a new path that starts at zero, beside the old one held at sigma = 0.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        hidden: int = 768,
+        blocks: int = 12,
+        heads: int = 12,
+        cond_dim: int = 128,
+        *,
+        length: int = 1024,
+        expansion: int = 4,
+        dropout: float = 0.1,
+        num_classes: int = 0,
+        gate_init: float = 0.0,
+        latent_gate: float | None = None,
+        added_time: bool = False,
+    ) -> None:
+        super().__init__(
+            vocabulary,
+            hidden,
+            blocks,
+            heads,
+            cond_dim,
+            length=length,
+            expansion=expansion,
+            dropout=dropout,
+            num_classes=num_classes,
+            gate_init=gate_init,
+        )
+        self.latent_gate = None if latent_gate is None else nn.Parameter(torch.full((hidden,), float(latent_gate)))
+        self.time_map = nn.Linear(FREQUENCIES, cond_dim) if added_time else None
+        if self.time_map is not None:
+            nn.init.zeros_(self.time_map.weight)
+            nn.init.zeros_(self.time_map.bias)
+
+    def condition(self, sigma: Tensor | None, labels: Tensor | None = None) -> Tensor:
+        """See ``TokenTransformer.condition``; with ``added_time`` sigma goes through the new path only."""
+        if self.time_map is None or sigma is None:
+            return super().condition(sigma, labels)
+        added: Tensor = self.time_map(sinusoids(sigma).to(self.time_map.weight.dtype))
+        return super().condition(None, labels) + added
+
+    def fuse(self, embedded: Tensor, at: Tensor, latent: Tensor) -> Tensor:
+        """Add a latent to embedded tokens.
+
+        Args:
+            embedded: (B, L, hidden).
+            at: (N,) masked positions in the flattened (B L).
+            latent: (N, hidden).
+
+        Returns:
+            (B, L, hidden).
+
+        Source: arXiv 2510.01329, fusion by addition.
+        Differs: added at masked positions only. At others the latent would be the token's embedding once more.
+        """
+        latent = latent.to(embedded.dtype)
+        if self.latent_gate is not None:
+            latent = latent * self.latent_gate
+        return embedded.flatten(0, 1).index_add(0, at, latent).view_as(embedded)
+
+
+def layout(batch: Batch) -> dict[str, Tensor | None]:
+    """Keywords of ``TokenTransformer.trunk`` for rows that hold several documents, or padding.
+
+    Args:
+        batch: ``document`` (B, L) int and ``position`` (B, L), or ``valid`` (B, L) bool; all optional.
+    """
+    if "document" in batch:
+        return {"positions": batch.get("position"), "mask": document_mask(batch["document"])}
+    valid = batch.get("valid")
+    if valid is None or bool(valid.all()):
+        return {"positions": None, "mask": None}
+    return {"positions": None, "mask": document_mask(valid.int())}

@@ -1,0 +1,183 @@
+"""The formulas of CADD: a Gaussian latent at every masked token, which sharpens as the tokens are revealed.
+
+Plain functions, noise included in their arguments. ``gamma`` is the share of the latent's signal that is left: 1 for
+clean, 0 for pure noise. Unmasked positions carry no noise and no latent; their embedding says all.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Estimator = Literal["hard", "soft", "sampled"]
+Path = Literal["vp", "flow"]
+LEAST = 1e-6  # of the noise share that is divided by
+
+
+class Step(NamedTuple):
+    """One step of the latent at a position that stays masked: z_s = z0 * estimate + zt * z_t + std * noise.
+
+    Attributes:
+        z0: factor of the estimated clean latent.
+        zt: factor of the latent so far.
+        std: factor of fresh noise.
+    """
+
+    z0: Tensor
+    zt: Tensor
+    std: Tensor
+
+
+def latent_radius(vocabulary: int, rho: float | None = None) -> float:
+    """Norm of the latent table's rows at which the latent tells tokens apart for about half of the time.
+
+    Args:
+        vocabulary: tokens V that can be told apart.
+        rho: a norm to use instead.
+
+    Returns:
+        sqrt(2 ln V) if ``rho`` is None.
+
+    Source: Gaussian identification among V points; noise of N(0, I) hides the row until rho^2 SNR is about 2 ln V.
+    """
+    return math.sqrt(2.0 * math.log(max(2, vocabulary))) if rho is None else rho
+
+
+def unit_rows(rows: Tensor, radius: float) -> Tensor:
+    """Rows (..., d) scaled to a common norm, float32."""
+    return radius * torch.nn.functional.normalize(rows.float(), dim=-1, eps=1e-12)
+
+
+def signal_and_noise(gamma: Tensor, path: Path = "vp") -> tuple[Tensor, Tensor]:
+    """Factors of the clean latent and of unit noise.
+
+    Returns:
+        sqrt(gamma) and sqrt(1 - gamma) for "vp"; gamma and 1 - gamma for "flow".
+    """
+    return (gamma, 1.0 - gamma) if path == "flow" else (gamma.sqrt(), (1.0 - gamma).sqrt())
+
+
+def noisy_latent(clean: Tensor, noise: Tensor, gamma: Tensor, path: Path = "vp") -> Tensor:
+    """The latent of masked positions at a time, whenever they were masked.
+
+    Args:
+        clean: rows of the latent table, (..., d).
+        noise: standard normal, shape of ``clean``.
+        gamma: signal left, broadcasting against ``clean``.
+        path: see :func:`signal_and_noise`.
+
+    Source: arXiv 2510.01329, the marginal q(z_t | x_t = mask, x_0).
+    """
+    signal, spread = signal_and_noise(gamma, path)
+    return signal * clean + spread * noise
+
+
+def reverse_step(gamma_t: Tensor, gamma_s: Tensor, *, path: Path = "vp", eta: float = 1.0) -> Step:
+    """How the latent of a position that stays masked moves from time t to an earlier or equal time s.
+
+    Args:
+        gamma_t: signal left at t.
+        gamma_s: signal left at s, >= ``gamma_t``.
+        path: "flow" moves on a straight line without fresh noise.
+        eta: for "vp", fresh noise in units of the posterior's: 1 draws from the posterior, 0 is deterministic.
+
+    Source: arXiv 2510.01329, the posterior q(z_s | x_s = mask, z_t, x_0), which is that of arXiv 2006.11239; eta as in
+        arXiv 2010.02502, equation 16.
+    """
+    spread_t, spread_s = (1.0 - gamma_t).clamp(min=LEAST), 1.0 - gamma_s
+    if path == "flow":
+        zt = spread_s / spread_t
+        return Step(gamma_s - zt * gamma_t, zt, torch.zeros_like(zt))
+    ratio = torch.where(gamma_s > gamma_t, gamma_t / gamma_s, torch.ones_like(gamma_t))
+    variance = spread_s * (1.0 - ratio) / spread_t
+    if eta == 1.0:
+        return Step(gamma_s.sqrt() * (1.0 - ratio) / spread_t, ratio.sqrt() * spread_s / spread_t, variance.sqrt())
+    variance = eta**2 * variance
+    zt = (spread_s - variance).clamp(min=0.0).sqrt() / spread_t.sqrt()
+    return Step(gamma_s.sqrt() - zt * gamma_t.sqrt(), zt, variance.sqrt())
+
+
+def snr(gamma: Tensor, path: Path = "vp") -> Tensor:
+    """Signal-to-noise ratio of the latent: squared ratio of the two factors; infinite at gamma = 1."""
+    signal, spread = signal_and_noise(gamma, path)
+    return (signal / spread).square()
+
+
+def squared_error_weight(gamma_t: Tensor, gamma_s: Tensor, path: Path = "vp") -> Tensor:
+    """Weight of ||clean - estimate||^2 in the bound of one step, (SNR_s - SNR_t) / 2; 0 where s is clean.
+
+    Source: arXiv 2107.00630, equation 13; at s = 0 every token is revealed and nothing is left to weigh.
+    """
+    difference = 0.5 * (snr(gamma_s, path) - snr(gamma_t, path))
+    return torch.where(gamma_s < 1.0, difference, torch.zeros_like(difference))
+
+
+def squared_error_rate(gamma: Tensor, loss_rate: Tensor, path: Path = "vp") -> Tensor:
+    """The same weight per unit of time in continuous time, -SNR' / 2.
+
+    Args:
+        gamma: signal left.
+        loss_rate: -d gamma / dt.
+        path: see :func:`signal_and_noise`.
+    """
+    spread = (1.0 - gamma).clamp(min=1e-300 if gamma.dtype == torch.float64 else 1e-30)
+    if path == "flow":
+        return loss_rate * gamma / spread.pow(3)
+    return 0.5 * loss_rate / spread.square()
+
+
+def estimate(
+    log_probs: Tensor,
+    table: Tensor,
+    kind: Estimator = "hard",
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    uniform: Tensor | None = None,
+) -> Tensor:
+    """The clean latent that a prediction stands for.
+
+    Args:
+        log_probs: log-probabilities of tokens, (N, V).
+        table: latent of every token, (V, d).
+        kind: "hard", the latent of the likeliest token; "soft", the mean; "sampled", that of a token drawn.
+        temperature: log-probabilities are divided by it, > 0.
+        top_k: only so many likeliest tokens count; 0 for all.
+        uniform: (N,) draws in [0, 1), for "sampled".
+
+    Returns:
+        (N, d) in the dtype of ``table``.
+
+    Source: arXiv 2510.01329, hard and soft estimates; "sampled" is exact for a single token at any number of steps.
+    """
+    if kind == "hard":
+        return table[log_probs.argmax(dim=-1)]
+    if temperature != 1.0:
+        log_probs = log_probs / temperature
+    if top_k and top_k < log_probs.shape[-1]:
+        least = log_probs.topk(top_k, dim=-1).values[..., -1:]
+        log_probs = log_probs.masked_fill(log_probs < least, -torch.inf)
+    probs = log_probs.softmax(dim=-1)
+    if kind == "soft":
+        return probs.to(table.dtype) @ table
+    assert uniform is not None, "a sampled estimate needs draws"
+    cumulative = probs.double().cumsum(dim=-1)
+    drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(-1), right=True).squeeze(-1)
+    return table[drawn.clamp(max=probs.shape[-1] - 1)]
+
+
+def step_bound(flip: Tensor, keep: Tensor, weight: Tensor, cross_entropy: Tensor, squared_error: Tensor) -> Tensor:
+    """Bound of one reverse step at masked positions, nats.
+
+    Args:
+        flip: probability that a masked token is revealed in the step.
+        keep: 1 - ``flip``.
+        weight: from :func:`squared_error_weight`.
+        cross_entropy: -log p(x_0).
+        squared_error: ||clean - estimate||^2.
+
+    Source: arXiv 2510.01329, the discrete-time bound: revealing costs the cross-entropy, staying masked the divergence
+        of two Gaussians.
+    """
+    return flip * cross_entropy + keep * weight * squared_error

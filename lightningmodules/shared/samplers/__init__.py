@@ -1,0 +1,1 @@
+"""Samplers that more than one room may use."""

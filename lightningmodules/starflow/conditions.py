@@ -1,0 +1,166 @@
+"""What a STARFlow is told: a class as a one-hot token, a caption as text features, or nothing."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightningmodules.shared.codecs import Batch
+from lightningmodules.shared.conditioning import Condition
+from lightningmodules.shared.text_encoders import TextEncoder
+
+NO_CLASS = -1  # the label of a row whose class is unknown
+
+
+class Classes:
+    """A class is one prefix token, one-hot over K + 1 entries; the last one means "no class".
+
+    Args:
+        num_classes: K.
+
+    Source: apple/ml-starflow, label embedder.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+
+    def of_batch(self, batch: Batch) -> Tensor:
+        """Tokens of a batch's labels, (B, 1, K + 1)."""
+        if "label" not in batch:
+            raise ValueError(
+                f"A network of {self.num_classes} classes (module.net.txt_dim - 1) needs labels; the batch holds"
+                f" {sorted(batch)}. Point data at labelled shards, or set module.condition=none."
+            )
+        return self._tokens(batch["label"])
+
+    def of_request(self, condition: Condition | None, rows: int, device: torch.device) -> Tensor:
+        """Tokens of what was asked for; no condition means no class."""
+        label = None if condition is None else condition.label
+        label = torch.full((rows,), NO_CLASS) if label is None else label
+        return self._tokens(label.to(device))
+
+    def null(self, rows: int, device: torch.device) -> Tensor:
+        """Tokens that mean "no class"."""
+        return self._tokens(torch.full((rows,), NO_CLASS, device=device))
+
+    def null_condition(self, rows: int) -> Condition:
+        """No class, ``rows`` rows."""
+        return Condition(label=torch.full((rows,), NO_CLASS))
+
+    def _tokens(self, label: Tensor) -> Tensor:
+        if label.device.type == "cpu":  # elsewhere reading the values would make the device wait
+            wrong = (label < NO_CLASS) | (label >= self.num_classes)
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"Label {int(label[wrong][0])} came, but this network knows -1 (no class) or 0.."
+                    f"{self.num_classes - 1}. Ask for one of these, or set module.net.txt_dim and train anew."
+                )
+        known = torch.where(label < 0, self.num_classes, label)
+        return F.one_hot(known, self.num_classes + 1).float().unsqueeze(1)
+
+
+class Captions:
+    """A caption is a sequence of text features; padding is zeros, and is not masked.
+
+    Features come with the data, or from a frozen encoder. A data set that has classes but no captions can give every
+    class a name.
+
+    Args:
+        length: text tokens.
+        width: features per token.
+        encoder: captions to features; None if they come with the data.
+        class_names: caption of every class; empty where captions come with the data.
+
+    Source: apple/ml-starflow, text encoding (last hidden state times the mask; an empty caption means "nothing").
+    """
+
+    def __init__(self, length: int, width: int, encoder: TextEncoder | None, class_names: Sequence[str]) -> None:
+        if encoder is not None and encoder.length != length:
+            raise ValueError(
+                f"module.text_encoder makes {encoder.length} tokens, module.net.txt_size is {length}. Set both alike."
+            )
+        if class_names and encoder is None:
+            raise ValueError("module.class_names needs a module.text_encoder that turns them into features.")
+        self.length, self.width, self.encoder, self.class_names = length, width, encoder, list(class_names)
+        self.num_classes = len(self.class_names)
+        self._table: Tensor | None = None  # features of the class names and, last, of the empty caption
+
+    def of_batch(self, batch: Batch) -> Tensor:
+        """Features of a batch, (B, length, width)."""
+        if "text_features" in batch:
+            return self._padded(batch["text_features"], batch.get("text_mask"))
+        if "text" in batch and self.encoder is not None:
+            return self.encode(batch["text"], _device_of(batch))
+        if "label" in batch and self.class_names:
+            return self._named(batch["label"])
+        raise ValueError(
+            f"module.condition=text needs text_features, or captions or labels with a module.text_encoder; the batch"
+            f" holds {sorted(batch)}. Make features with python -m platform prepare text-features."
+        )
+
+    def of_request(self, condition: Condition | None, rows: int, device: torch.device) -> Tensor:
+        """Features of what was asked for; no condition means the empty caption."""
+        if condition is not None and condition.text is not None:
+            mask = None if condition.text_mask is None else condition.text_mask.to(device)
+            return self._padded(condition.text.to(device), mask)
+        if condition is not None and condition.label is not None:
+            return self._named(condition.label.to(device))
+        return self.null(rows, device)
+
+    def encode(self, captions: Sequence[str], device: torch.device) -> Tensor:
+        """Features of captions, (n, length, width).
+
+        Raises:
+            ValueError: there is no encoder, or it makes features of another width.
+        """
+        if self.encoder is None:
+            raise ValueError("Captions need module.text_encoder; this run was trained on stored features. Set one.")
+        return self._padded(*self.encoder.encode(captions, device))
+
+    def null(self, rows: int, device: torch.device) -> Tensor:
+        """Features of the empty caption; zeros where no encoder is at hand."""
+        if self.encoder is None:
+            return torch.zeros(rows, self.length, self.width, device=device)
+        return self._all(device)[-1:].expand(rows, -1, -1)
+
+    def null_condition(self, rows: int) -> Condition:
+        """The empty caption, ``rows`` rows."""
+        return Condition(text=self.null(rows, torch.device("cpu")))
+
+    def _named(self, label: Tensor) -> Tensor:
+        if not self.class_names:
+            raise ValueError(
+                "A class was asked for, but this model is told captions and knows no names of classes"
+                " (module.class_names is empty). Give a caption."
+            )
+        highest = int(label.max()) if label.device.type == "cpu" else 0
+        if highest >= self.num_classes:
+            raise ValueError(f"Label {highest} came, but module.class_names holds {self.num_classes} names.")
+        table = self._all(label.device)
+        return table[torch.where(label < 0, self.num_classes, label)]
+
+    def _all(self, device: torch.device) -> Tensor:
+        if self._table is None:
+            self._table = self.encode([*self.class_names, ""], torch.device("cpu"))
+        if self._table.device != device:
+            self._table = self._table.to(device)
+        return self._table
+
+    def _padded(self, features: Tensor, mask: Tensor | None) -> Tensor:
+        """Cut or fill up to ``length`` tokens, with zeros where nothing is said."""
+        if features.shape[-1] != self.width:
+            raise ValueError(
+                f"Text features of width {features.shape[-1]} came, module.net.txt_dim is {self.width}. They belong to"
+                " another text encoder; set module.net.txt_dim, or make the features anew."
+            )
+        features = features.float()
+        if mask is not None:
+            features = features * mask.unsqueeze(-1)
+        missing = self.length - features.shape[1]
+        return F.pad(features, (0, 0, 0, missing)) if missing > 0 else features[:, : self.length]
+
+
+def _device_of(batch: Batch) -> torch.device:
+    tensors = (value for value in batch.values() if isinstance(value, Tensor))
+    return next((value.device for value in tensors), torch.device("cpu"))

@@ -1,0 +1,462 @@
+"""STARFlow as a room of the house: draws noise, calls the formulas, reports terms, samples and likelihoods."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightningmodules.base import GenerativeModule
+from lightningmodules.shared import flow
+from lightningmodules.shared.codecs import Batch, Latents, Pixels
+from lightningmodules.shared.conditioning import Condition
+from lightningmodules.shared.noise import Noise, SampleNoise
+from lightningmodules.shared.text_encoders import TextEncoder
+from lightningmodules.starflow import process
+from lightningmodules.starflow.conditions import Captions, Classes
+from lightningmodules.starflow.network import FlowOutput, StarFlowNet
+from lightningmodules.starflow.sampler import Guidance, Windows, inpaint, invert
+from lightningmodules.starflow.weights import translate
+
+
+class StarFlow(GenerativeModule):
+    """Exact maximum likelihood of noisy latents (or pixels) under a deep-shallow autoregressive flow.
+
+    Args:
+        net: builds the network, ``StarFlowNet`` with its arguments.
+        codec: latents of an autoencoder, or pixels in [-1, 1].
+        optimizer: takes the parameters, returns the optimiser.
+        schedule: ``(step, total_steps) -> factor`` of the learning rate.
+        ema_decays: one average of the weights per decay in (0, 1).
+        noise_std: standard deviation sigma of the noise added to what the codec gives; >= 0.
+        noise_type: "gaussian" adds sigma noise, for samples; "uniform" spreads every pixel value over its bin, for
+            likelihoods of pixels (sigma is then not used and samples are not denoised).
+        condition: "label" for one-hot classes, "text" for text features, "none".
+        label_drop: probability with which a class or caption is replaced by "nothing" in training, 0..1.
+        latent_norm: weight of the penalty on mean squares of the data and of latents between blocks, >= 0.
+        text_encoder: captions to features; None if features come with the data.
+        class_names: caption of every class, for data that has classes and no captions.
+
+    Source: arXiv 2506.06276; apple/ml-starflow.
+    """
+
+    codec: Latents | Pixels
+
+    def __init__(
+        self,
+        *,
+        net: Callable[[], StarFlowNet],
+        codec: Latents | Pixels,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        schedule: Callable[[int, int], float] | None = None,
+        ema_decays: Sequence[float] = (),
+        noise_std: float = 0.3,
+        noise_type: Literal["gaussian", "uniform"] = "gaussian",
+        condition: Literal["none", "label", "text"] = "none",
+        label_drop: float = 0.1,
+        latent_norm: float = 1e-4,
+        text_encoder: TextEncoder | None = None,
+        class_names: Sequence[str] = (),
+    ) -> None:
+        super().__init__(codec=codec, optimizer=optimizer, schedule=schedule, ema_decays=ema_decays)
+        _check(noise_std, noise_type, condition, label_drop, latent_norm)
+        if noise_type == "uniform" and not isinstance(codec, Pixels):
+            raise ValueError("module.noise_type=uniform spreads pixel values; with latents set it to gaussian.")
+        self.likelihood = "exact"
+        self._net, self.noise_std, self.noise_type = net, noise_std, noise_type
+        self._condition, self.label_drop, self.latent_norm = condition, label_drop, latent_norm
+        self._encoder, self._names = text_encoder, class_names
+        self.told: Classes | Captions | None = None
+        self.needs = frozenset({"image"} if isinstance(codec, Pixels) else ())  # type: ignore[misc]
+        sizes = getattr(net, "keywords", {})
+        if condition == "label":
+            self.num_classes = max(0, int(sizes.get("txt_dim", 0)) - 1)
+        elif condition == "text":
+            self.num_classes = len(class_names)
+        self.redrawn = 0  # samples that were not finite and were drawn again, since the program started
+
+    # ---- networks -------------------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Create the network."""
+        self.net = self._net()
+        made = (self.net.in_channels, self.net.img_size, self.net.img_size)
+        if made != tuple(self.codec.shape):
+            raise ValueError(
+                f"The network reads {made} (module.net.in_channels, img_size), the codec makes"
+                f" {tuple(self.codec.shape)} (module.codec). Set both alike."
+            )
+        told = self.net.txt_dim
+        if bool(told) != (self._condition != "none"):
+            raise ValueError(
+                f"module.condition={self._condition} and module.net.txt_dim={told} do not fit: 0 goes with none, the"
+                " number of classes + 1 with label, the width of text features with text."
+            )
+        if self._condition == "label":
+            self.told = Classes(told - 1)
+        elif self._condition == "text":
+            self.told = Captions(self.net.txt_size, told, self._encoder, self._names)
+        self.num_classes = self.told.num_classes if self.told is not None else 0
+
+    def averaged(self) -> dict[str, nn.Module]:
+        """The network."""
+        return {"net": self.net}
+
+    def shard_units(self) -> list[nn.Module]:
+        """The flow blocks."""
+        return list(self.net.steps)
+
+    @classmethod
+    def translate(cls, official: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Keys of apple/ml-starflow to ours, see ``weights.translate``."""
+        return translate(official)
+
+    def flops_per_sample(self) -> float:
+        """Forward pass of one sample, counted three times: the backward pass costs two."""
+        return 3.0 * self.net.flops()
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Negative log-likelihood of noisy data, in nats per dimension without the constant 0.5 ln(2 pi).
+
+        Returns:
+            ``loss``, with the latent-norm penalty; ``nll``; ``logdet``, the mean of log |det dz/dx| / (N D);
+            ``z2``, the mean square of the noise, 1 when it is standard normal; ``sigma_min_block<k>`` and
+            ``sigma_max_block<k>``, the range of scales in every block.
+        """
+        x = self._noisy(batch)
+        y = None if self.told is None else self.told.of_batch(batch)
+        if y is not None and self.told is not None and self.training and self.label_drop:
+            dropped = torch.rand(len(y), device=y.device) < self.label_drop
+            y = torch.where(dropped.view(-1, 1, 1), self.told.null(len(y), y.device), y)
+        out = self.net(x, y)
+        logdet = process.log_det(out.scales)
+        nll = flow.nll(out.z, logdet).mean()
+        loss = nll + self.latent_norm * process.latent_norm(out.inputs) if self.latent_norm else nll
+        terms = {"loss": loss, "nll": nll, "logdet": logdet.mean(), "z2": out.z.square().mean()}
+        with torch.no_grad():
+            for k, scale in enumerate(out.scales):
+                low, high = torch.aminmax(scale)
+                terms |= {f"sigma_min_block{k}": torch.exp(-high), f"sigma_max_block{k}": torch.exp(-low)}
+        return terms
+
+    def _noisy(self, batch: Batch, noise: SampleNoise | None = None) -> Tensor:
+        """The data as it is trained on; the noise from seeds, or from the default generators."""
+        data = batch.get("latent", batch.get("image"))
+        device = self.device if data is None else data.device
+
+        def draw(kind: str) -> Tensor:
+            shape = (0 if data is None else len(data), *self.codec.shape)
+            if noise is not None:
+                return getattr(noise, kind)(*self.codec.shape).to(device)
+            return torch.rand(shape, device=device) if kind == "uniform" else torch.randn(shape, device=device)
+
+        if isinstance(self.codec, Latents):
+            x = self.codec.encode(batch, draw("normal"))
+        elif self.noise_type == "uniform":
+            return self.codec.dequantize(batch, draw("uniform"))
+        else:
+            x = self.codec.encode(batch)
+        return x + self.noise_std * draw("normal")
+
+    def explain(self, batch: Batch) -> str | None:
+        """Where a batch first leaves the finite numbers, for messages: block and token; None if it does not."""
+        with torch.no_grad():
+            x = self._noisy(batch)
+            z, size = self.net.patchify(x), self.net.grid(x)
+            y = None if self.told is None else self.told.of_batch(batch)
+            for k, block in enumerate(self.net.steps):
+                z, scale = block(z, y, size)
+                bad = ~(block.order(z).isfinite() & scale.isfinite())
+                if bad.any():
+                    row, token, _ = bad.nonzero()[0].tolist()
+                    low, high = torch.aminmax(torch.exp(-scale[row].nan_to_num()))
+                    return (
+                        f"flow block {k} of {len(self.net.steps)} (0 is next to the data), token {token} of"
+                        f" {z.shape[1]} in its order, sample {row} of the batch; sigma {float(low):.3g}.."
+                        f"{float(high):.3g} in that block"
+                    )
+        return None
+
+    # ---- likelihood -----------------------------------------------------------------------------------------------
+
+    @property
+    def likelihood_space(self) -> str:
+        """What ``log_likelihood`` is the density of: "pixels" (dequantised) or "noisy latents"."""
+        return "pixels" if isinstance(self.codec, Pixels) else "noisy latents"
+
+    @torch.no_grad()
+    def log_likelihood(self, batch: Batch, *, seeds: Sequence[int] | None = None, conditional: bool = True) -> Tensor:
+        """Log-probability of pixels under uniform dequantisation, or log-density of noisy latents.
+
+        In pixel space it is a lower bound for discrete pixels, and low only after training with uniform noise. In
+        latent space it is the density of a drawn latent with the training noise, per unit of the scaled latent: nats
+        to compare models of the same latents with, never bits of a picture.
+
+        Args:
+            batch: data, and what it is conditioned on if ``conditional``.
+            seeds: one per sample for its noise; None draws from the default generator.
+            conditional: log p(x | class or caption); False gives log p(x | nothing).
+
+        Returns:
+            (B,) nats per sample; in pixel space density per unit of one pixel level.
+        """
+        data = batch["image"] if isinstance(self.codec, Pixels) else batch.get("latent", batch.get("image"))
+        noise = SampleNoise(range(len(data)) if seeds is None else seeds, data.device)
+        pixels = isinstance(self.codec, Pixels)
+        x = self.codec.dequantize(batch, noise.uniform(*self.codec.shape)) if pixels else self._noisy(batch, noise)  # type: ignore[union-attr]
+        per_dim = self._nll(x, self._told(batch, conditional))
+        dims = math.prod(self.codec.shape)
+        if isinstance(self.codec, Pixels):
+            return flow.log_prob_per_dim(per_dim, self.codec.levels) * dims
+        return -(per_dim + 0.5 * math.log(2 * math.pi)) * dims
+
+    @torch.no_grad()
+    def classify(
+        self, batch: Batch, *, draws: int = 1, noise_scale: float = 1.0, seeds: Sequence[int] | None = None
+    ) -> Tensor:
+        """Most likely class under a uniform prior over classes.
+
+        Args:
+            batch: data.
+            draws: noise draws; their log-likelihoods are averaged, >= 1.
+            noise_scale: Gaussian noise in units of the training noise, >= 0.
+            seeds: one per sample for its noise, the same for all classes; None means 0, 1, 2, ...
+
+        Returns:
+            (B,) int64, argmax over classes c of the mean of log p(x + noise | c).
+        """
+        if self.told is None or self.num_classes < 2:
+            raise ValueError("Only a model that knows classes, or their names, can classify; see module.condition.")
+        data = batch["image"] if isinstance(self.codec, Pixels) else batch.get("latent", batch.get("image"))
+        count, kinds = len(data), self.num_classes
+        noise = SampleNoise(range(count) if seeds is None else seeds, data.device)
+        told = self.told.of_request(Condition(label=torch.arange(kinds)), kinds, data.device)
+        total = torch.zeros(count * kinds, device=data.device)
+        before = self.noise_std
+        try:
+            self.noise_std = before * noise_scale
+            for _ in range(draws):
+                x = self._noisy(batch, noise)
+                parts = [
+                    self._nll(x[rows // kinds], told[rows % kinds])
+                    for rows in flow.chunks(self.net, len(total), flow.FORWARD_ROWS, data.device)
+                ]
+                total -= torch.cat(parts)[: len(total)]
+        finally:
+            self.noise_std = before
+        return total.view(count, kinds).argmax(dim=1)
+
+    def _told(self, batch: Batch, conditional: bool) -> Tensor | None:
+        if self.told is None:
+            return None
+        if conditional:
+            return self.told.of_batch(batch)
+        rows = len(next(iter(batch.values())))
+        return self.told.null(rows, self.device)
+
+    def _nll(self, x: Tensor, y: Tensor | None) -> Tensor:
+        out: FlowOutput = self.net(x, y)
+        return flow.nll(out.z, process.log_det(out.scales))
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Noisy data, and what comes back from the flow, (B, *codec.shape) each; they differ by rounding only."""
+        x = self._noisy(batch)
+        y = None if self.told is None else self.told.of_batch(batch)
+        return x, self.net.unpatchify(invert(self.net, self.net(x, y).z, y)[-1])
+
+    # ---- sampling -------------------------------------------------------------------------------------------------
+
+    def null_condition(self, n: int) -> Condition:
+        """No class, or the empty caption, n rows."""
+        return Condition(label=torch.full((n,), -1)) if self.told is None else self.told.null_condition(n)
+
+    def sample(
+        self,
+        seeds: Sequence[int],
+        condition: Condition | None = None,
+        *,
+        guidance: float = 1.0,
+        noise: Noise | None = None,
+        guidance_rule: str = "precision",
+        guide_blocks: str = "all",
+        attention_temperature: float = 1.0,
+        denoise: float = 1.0,
+        jacobi_window: int = 0,
+        jacobi_tolerance: float = 1e-4,
+        jacobi_blocks: str = "shallow",
+    ) -> Tensor:
+        """Draw latents (or pixels): invert the flow on prior noise, then remove the training noise in one step.
+
+        A sample that is infinite or not a number is drawn again, alone, from a seed derived from its own, up to three
+        times, with a warning that says how many (``redrawn`` counts them); if that fails too it becomes 0.
+
+        Args:
+            seeds: one per sample.
+            condition: labels (-1 for none) or text features; None for no class, or the empty caption.
+            guidance: weight w >= 0 in blocks that see the condition; 1 is off, the authors' omega is w - 1.
+            noise: where prior noise (N, D) comes from instead of the seeds; nothing is then drawn again.
+            guidance_rule: "precision" multiplies powers of the two Gaussians, "plain" moves shift and log-scale on.
+            guide_blocks: "all" blocks that see the condition, or only the "deep" one.
+            attention_temperature: attention logits are divided by it, in every block, > 0.
+            denoise: factor on the denoising step; 1 is Tweedie's formula, 0 leaves the noise in, for a decoder that was
+                trained on noisy latents.
+            jacobi_window: tokens of a window that are computed in parallel; 0 goes token by token.
+            jacobi_tolerance: largest change in the last pass over a window, relative to 1 + its largest value.
+            jacobi_blocks: "shallow" blocks go window by window, or "all".
+
+        Returns:
+            (n, *codec.shape) float32; pixels are clipped to [-1, 1].
+        """
+        how = Guidance(guidance, guidance_rule, guide_blocks)
+        windows = Windows(jacobi_window, jacobi_tolerance, jacobi_blocks)
+        y = self._request(len(seeds), condition, denoise, attention_temperature, how)
+
+        def draw(fresh: Sequence[int], rows: list[int] | None, source: Noise | None = None) -> Tensor:
+            z = self._prior(source or SampleNoise(fresh, self.device))
+            told = y if rows is None or y is None else y[rows]
+            null = self._null(told, how)
+            x = self.net.unpatchify(
+                invert(self.net, z, told, null, how, temperature=attention_temperature, windows=windows)[-1]
+            )
+            return self._denoised(x, told, denoise) if denoise * self._sigma else x
+
+        x = draw(seeds, None, noise)
+        if noise is None:
+            x, again = flow.drawn_again(x, seeds, self.net, draw)
+            self.redrawn += again
+        return x.clamp(-1.0, 1.0) if isinstance(self.codec, Pixels) else x
+
+    def trajectory(
+        self,
+        seeds: Sequence[int],
+        condition: Condition | None = None,
+        *,
+        guidance: float = 1.0,
+        noise: Noise | None = None,
+        guidance_rule: str = "precision",
+        guide_blocks: str = "all",
+        attention_temperature: float = 1.0,
+        denoise: float = 1.0,
+        jacobi_window: int = 0,
+        jacobi_tolerance: float = 1e-4,
+        jacobi_blocks: str = "shallow",
+    ) -> list[Tensor]:
+        """The path of ``sample``, same arguments: prior noise, the output of every inverted block, the denoised end.
+
+        Returns:
+            ``num_blocks`` + 2 tensors, (n, *codec.shape) each, not clipped; one fewer when nothing is denoised.
+        """
+        how = Guidance(guidance, guidance_rule, guide_blocks)
+        windows = Windows(jacobi_window, jacobi_tolerance, jacobi_blocks)
+        y = self._request(len(seeds), condition, denoise, attention_temperature, how)
+        z = self._prior(noise or SampleNoise(seeds, self.device))
+        null = self._null(y, how)
+        path = invert(self.net, z, y, null, how, temperature=attention_temperature, windows=windows)
+        images = [self.net.unpatchify(tokens) for tokens in (z, *path)]
+        return [*images, self._denoised(images[-1], y, denoise)] if denoise * self._sigma else images
+
+    def inpaint(
+        self,
+        batch: Batch,
+        missing: Tensor,
+        seeds: Sequence[int],
+        condition: Condition | None = None,
+        *,
+        iterations: int = 20,
+        denoise: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Fill in a region of data by Metropolis-Hastings, see ``sampler.inpaint``.
+
+        Args:
+            batch: data; what it holds in the missing region does not matter.
+            missing: (B, 1, h, w) bool at the size of the latent (or picture), True where to fill in.
+            seeds: one per row, for the proposals.
+            condition: as in ``sample``.
+            iterations: proposals, >= 1; the paper uses 20.
+            denoise: as in ``sample``; known values are put back afterwards.
+
+        Returns:
+            (B, *codec.shape) float32, and the share of proposals accepted, (B,).
+        """
+        if iterations < 1 or missing.dtype != torch.bool or missing.shape[1:] != (1, *self.codec.shape[1:]):
+            raise ValueError(
+                f"iterations={iterations} must be >= 1 and the mask bool of shape (B, 1, *{self.codec.shape[1:]}); it"
+                f" is {missing.dtype} of {tuple(missing.shape)}."
+            )
+        y = self._request(len(seeds), condition, denoise, 1.0, Guidance())
+        clean, noise = self.codec.encode(batch), SampleNoise(seeds, self.device)
+        known = clean + self._sigma * noise.normal(*self.codec.shape)
+        noises = [self._prior(noise) for _ in range(iterations)]
+        uniforms = [noise.uniform() for _ in range(iterations)]
+        x, accepted = inpaint(self.net, known, missing, noises, uniforms, y)
+        if denoise * self._sigma:
+            x = self._denoised(x, y, denoise)
+        return torch.where(missing, x, clean), accepted
+
+    @property
+    def _sigma(self) -> float:
+        return self.noise_std if self.noise_type == "gaussian" else 0.0
+
+    def _prior(self, noise: Noise) -> Tensor:
+        return noise.normal(self.net.tokens, self.net.dims).to(self.device)
+
+    def _null(self, y: Tensor | None, guide: Guidance) -> Tensor | None:
+        """What guidance pushes away from; None where it is off."""
+        if self.told is None or y is None or guide.weight == 1.0:
+            return None
+        return self.told.null(len(y), y.device)
+
+    def _denoised(self, x: Tensor, y: Tensor | None, strength: float) -> Tensor:
+        """Tweedie's step under the same condition."""
+
+        def nll_of(noisy: Tensor, rows: Tensor) -> Tensor:
+            return self._nll(noisy, None if y is None else y[rows].clone())
+
+        rows = flow.chunks(self.net, len(x), self._gradient_rows(), self.device)
+        return flow.denoised(x, rows, nll_of, self._sigma, strength)
+
+    def _gradient_rows(self) -> int:
+        """Samples whose activations fit the budget: about 24 numbers per token, channel and layer are kept."""
+        widths = sum(len(block.layers) * block.shape.channels for block in self.net.steps)
+        return max(1, flow.GRADIENT_BYTES // (24 * 4 * widths * self.net.tokens))
+
+    def _request(
+        self, count: int, condition: Condition | None, denoise: float, temperature: float, guide: Guidance
+    ) -> Tensor | None:
+        """Check what is asked for; returns text tokens on the device."""
+        if denoise < 0 or not temperature > 0:
+            raise ValueError(
+                f"sampling.denoise={denoise} must be >= 0 (1 is Tweedie's formula, 0 is off) and"
+                f" sampling.attention_temperature={temperature} > 0 (1 is off)."
+            )
+        if condition is not None and len(condition) not in (0, count):
+            raise ValueError(f"{count} seeds but {len(condition)} conditions came; give one per seed.")
+        if self.told is None:
+            if guide.weight != 1.0:
+                warnings.warn(
+                    f"sampling.guidance={guide.weight} has nothing to act on: module.condition is none.", stacklevel=3
+                )
+            return None
+        return self.told.of_request(condition, count, self.device)
+
+
+def _check(noise_std: float, noise_type: str, condition: str, label_drop: float, latent_norm: float) -> None:
+    if noise_type not in ("gaussian", "uniform"):
+        raise ValueError(f"module.noise_type={noise_type!r}: expected gaussian (samples) or uniform (likelihoods).")
+    if condition not in ("none", "label", "text"):
+        raise ValueError(f"module.condition={condition!r}: expected none, label or text.")
+    if noise_std < 0 or latent_norm < 0:
+        raise ValueError(
+            f"module.noise_std={noise_std} and module.latent_norm={latent_norm}: expected values >= 0."
+            " Type e.g. module.noise_std=0.3 module.latent_norm=1e-4, the paper's."
+        )
+    if not 0 <= label_drop <= 1:
+        raise ValueError(
+            f"module.label_drop={label_drop}: expected a probability, 0..1."
+            " Type e.g. module.label_drop=0.1, the paper's value."
+        )
