@@ -1,4 +1,4 @@
-"""Bits per dimension and Bayes accuracy on held-out data."""
+"""Bits per dimension, token or character, and Bayes accuracy on held-out data."""
 
 import hashlib
 import inspect
@@ -18,6 +18,9 @@ from lightningmodules.base import GenerativeModule
 
 class Likelihood(AtValidations):
     """Logs ``metrics/bpd``, and ``metrics/accuracy_bayes`` for rooms that can classify.
+
+    For text it is ``metrics/bits_per_token`` and ``metrics/bits_per_character``, over the places that hold a token; the
+    characters are those of the decoded text. Where the room knows a bound only, the row in ``metrics.jsonl`` says so.
 
     The dequantisation noise of a sample is seeded by its key, so the value depends neither on batches nor on ranks,
     and it moves only because the weights did. Rooms without ``log_likelihood`` are left alone.
@@ -56,7 +59,7 @@ class Likelihood(AtValidations):
         return True
 
     def _log(self, trainer: L.Trainer, module: GenerativeModule, sums: Tensor) -> None:
-        rows, nats, right, asked, infinite = sums.tolist()
+        rows, nats, right, asked, infinite, places, characters = sums.tolist()
         protocol = {
             "n": round(rows),
             "weights": module.active_weights,
@@ -66,9 +69,12 @@ class Likelihood(AtValidations):
             "noise": "uniform dequantisation, seeded by key",
             "nonfinite": round(infinite),
         }
-        dimensions = math.prod(module.codec.shape)
-        bits = -nats / rows / dimensions / math.log(2) if not infinite else math.inf
-        scalars(trainer, {"metrics/bpd": bits}, **protocol)
+        bits = -nats / math.log(2) if not infinite else math.inf
+        if characters:
+            values = {"metrics/bits_per_token": bits / places, "metrics/bits_per_character": bits / characters}
+        else:
+            values = {f"metrics/{getattr(module, 'likelihood_name', 'bpd')}": bits / places}
+        scalars(trainer, values, **protocol)
         if asked:
             settings = {
                 "settings": self.classify_settings,
@@ -79,7 +85,11 @@ class Likelihood(AtValidations):
             scalars(trainer, {"metrics/accuracy_bayes": right / asked}, **settings)
 
     def _sums(self, trainer: L.Trainer, module: GenerativeModule) -> Tensor | None:
-        """Over all ranks: samples, nats, right classes, classified samples, samples without a finite likelihood."""
+        """Sums over all ranks, (7,) float64.
+
+        Samples, nats, right answers, classified samples, samples without a finite likelihood, places (dimensions or
+        tokens), characters.
+        """
         likelihood: Callable[..., Tensor] = getattr(module, "log_likelihood")  # noqa: B009 - rooms may lack it
         classify: Callable[..., Tensor] | None = getattr(module, "classify", None)
         wanted = self.classify and classify is not None and module.num_classes > 1
@@ -88,7 +98,7 @@ class Likelihood(AtValidations):
         def settings(batch: Mapping[str, Any]) -> dict[str, Any]:
             return {**({"seeds": seeds_of(batch)} if seeded else {}), **self.classify_settings}
 
-        sums = torch.zeros(5, dtype=torch.float64)
+        sums = torch.zeros(7, dtype=torch.float64)
         for batch, counts in _in_step(trainer, self.max_batches):
             if module.stop_requested():
                 return None
@@ -96,7 +106,7 @@ class Likelihood(AtValidations):
             how = {} if self.conditional else {"conditional": False}
             nats = likelihood(batch, seeds=seeds_of(batch), **how).double().cpu()
             finite = nats.isfinite()
-            row = [len(nats), float(nats[finite].sum()), 0, 0, int((~finite).sum())]
+            row = [len(nats), float(nats[finite].sum()), 0, 0, int((~finite).sum()), *_size(module, batch, len(nats))]
             if wanted and classify is not None and "label" in batch:
                 right = classify(batch, **settings(batch)).cpu() == batch["label"].cpu()
                 row[2:4] = [int(right.sum()), len(right)]
@@ -106,6 +116,15 @@ class Likelihood(AtValidations):
             return sums
         total: Tensor = trainer.strategy.reduce(sums.to(module.device), reduce_op="sum")
         return total.cpu()
+
+
+def _size(module: GenerativeModule, batch: Mapping[str, Any], rows: int) -> tuple[int, int]:
+    """Places that the likelihood of a batch is about, and characters of its text (0 for anything else)."""
+    if not hasattr(module.codec, "tokenizer"):
+        return rows * math.prod(module.codec.shape), 0
+    tokens, valid = module.codec.encode(batch).cpu(), batch["valid"].cpu()
+    texts = [module.codec.decode(row[real][None])[0] for row, real in zip(tokens, valid, strict=True)]
+    return int(valid.sum()), sum(map(len, texts))
 
 
 def seeds_of(batch: Mapping[str, Any]) -> list[int]:

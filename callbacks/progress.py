@@ -114,7 +114,7 @@ class Progress(L.Callback):
         """Names pale, numbers plain; without colour the bare text."""
         text = Text(line, no_wrap=True, overflow="ellipsis")
         if not self.console.no_color:
-            text.highlight_regex(r"(?<= )(img|loss|grad|data|mem|mfu|ckpt|ago|eta|validating)\b", "dim")
+            text.highlight_regex(r"(?<= )(img|rows|loss|grad|data|mem|mfu|ckpt|ago|eta|validating)\b", "dim")
             text.highlight_regex(r"^(step|validation at) [\d/.kMG]+", "bold")
         return text
 
@@ -132,10 +132,11 @@ class Progress(L.Callback):
     def _parts(self, trainer: L.Trainer, module: GenerativeModule, now: float) -> list[str]:
         step, total, values = module.updates, trainer.max_steps, module.latest
         parts = [f"step {step}/{short_count(total) if total >= 10_000 else total}"]
-        parts.append(f"{short_count(module.samples_seen)} img")
+        unit = "rows" if hasattr(module.codec, "tokenizer") else "img"
+        parts.append(f"{short_count(module.samples_seen)} {unit}")
         for tag, form in FORMS:
             if tag in values:
-                parts.append(form.format(values[tag]))
+                parts.append(form.format(values[tag], unit=unit))
         distance = next((tag for tag in values if tag.startswith("metrics/f")), None)
         if distance is not None:
             parts.append(f"{_short(distance)} {values[distance]:.3g}@{self._metric_step}")
@@ -149,14 +150,15 @@ class Progress(L.Callback):
 FORMS = (
     ("train/loss", "loss {:.4g}"),
     ("train/grad_norm", "grad {:.3g}"),
-    ("speed/samples_per_sec", "{:.0f} img/s"),
+    ("speed/samples_per_sec", "{:.0f} {unit}/s"),
     ("speed/mfu_percent", "mfu {:.0f}%"),
     ("speed/data_wait_percent", "data {:.0f}%"),
     ("speed/memory_gib", "mem {:.1f}G"),
 )
 
 
-DROPPED = ("^mem ", "^mfu ", " img$", "^ckpt ", "^grad ", "^data ", "@", " img/s$")  # first to go on a narrow terminal
+# first to go on a narrow terminal
+DROPPED = ("^mem ", "^mfu ", " (img|rows)$", "^ckpt ", "^grad ", "^data ", "@", " (img|rows)/s$")
 
 
 def duration(seconds: float) -> str:

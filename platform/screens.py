@@ -49,7 +49,8 @@ class StartScreen(L.Callback):
             for name, value in module.named_parameters()
             if not value.requires_grad and not name.startswith("shadows.")
         )
-        epochs = f", {steps * batch / facts['samples']:.3g} epochs" if facts.get("samples") else ""
+        per_epoch = facts.get("rows") or facts.get("samples")  # text is trained on in rows of several documents
+        epochs = f", {steps * batch / per_epoch:.3g} epochs" if per_epoch else ""
         averages = ", ".join(f"{decay:g}" for decay in module.ema_decays) or "none"
         begin = "fresh" if not self.start else f"continuing at step {self.start} ({module.samples_seen} samples)"
         begin += f", next sample {trainer.datamodule.next_key}"  # type: ignore[attr-defined]
