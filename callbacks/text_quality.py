@@ -110,7 +110,7 @@ class TextQuality(AtValidations):
                 tokens
             )  # (ranks, longest share, L): sample i is row i // ranks of i % ranks
             tokens = gathered.transpose(0, 1).flatten(0, 1)
-        known = [float(call) for call in calls if call is not None]
+        known = [torch.as_tensor(call).double().mean().item() for call in calls if call is not None]
         return tokens[: self.n].cpu(), sum(known) / len(known) if known else None
 
     def _values(self, trainer: L.Trainer, module: GenerativeModule, tokens: Tensor) -> dict[str, float]:

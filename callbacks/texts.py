@@ -80,11 +80,10 @@ class Texts(AtValidations):
         seeds = list(range(self.first_seed, self.first_seed + self.n))
         with module.use_weights(kind):
             tokens, prompts = self._draw(module, seeds)
+        samples, entropies = module.codec.decode(tokens), unigram_entropy(tokens).tolist()
         rows = [
             {"seed": seed, "prompt": prompt, "text": sample, "entropy": round(entropy, 3)}
-            for seed, prompt, sample, entropy in zip(
-                seeds, prompts, module.codec.decode(tokens), unigram_entropy(tokens).tolist(), strict=True
-            )
+            for seed, prompt, sample, entropy in zip(seeds, prompts, samples, entropies, strict=True)
         ]
         group = "raw" if kind == "raw" else "ema"
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

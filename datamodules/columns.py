@@ -55,6 +55,10 @@ class Joined:
         """Name of the shard that holds a sample; the same in every column."""
         return self._primary.shard(sample)
 
+    def keys(self, shard: int) -> "np.ndarray[tuple[int], np.dtype[np.bytes_]]":
+        """Keys of all samples of a shard that can be read, bytes (n,)."""
+        return self._primary.keys(shard)
+
     def read(self, sample: int) -> Members:
         """Members of a sample from all columns.
 

@@ -18,6 +18,7 @@ from webdataset.gopen import gopen, gopen_schemes
 STALLED_SECONDS = 60.0  # a source that sends nothing for so long is given up
 _POLL_SECONDS = 0.25
 _CHUNK = 1 << 20
+_BY_CURL = {"http", "https", "hf", "sftp", "ftps", "scp"}
 _CURL = {
     3: "the address is malformed",
     6: "the host is not known",
@@ -36,26 +37,53 @@ class Closed(OSError):
     """The fetch was given up because nobody waits for it any more."""
 
 
-def chunks(url: str, stop: threading.Event) -> Iterator[bytes]:
+def check(url: str, setting: str) -> None:
+    """Refuse an address that nothing opens.
+
+    Raises:
+        ValueError: its kind is not known.
+    """
+    kind = url.partition(":")[0]
+    if kind not in gopen_schemes and kind != "s3":
+        known = sorted({"s3", *gopen_schemes} - {"__default__", "pipe"})
+        raise ValueError(
+            f"{setting}='{url}': {kind}:// is not known; expected one of {', '.join(known)}. "
+            "Or write pipe: and a command that prints the shard, as in pipe:ssh host cat /data/train-{000..009}.tar"
+        )
+
+
+def by_curl(url: str) -> bool:
+    """Whether curl fetches it, whose exit status tells what went wrong."""
+    return url.partition(":")[0] in _BY_CURL
+
+
+def chunks(url: str, stop: threading.Event, quiet: bool = False) -> Iterator[bytes]:
     """Content of a remote file, piece by piece.
 
     Args:
         url: http://, https://, s3://, gs://, hf:// ... or pipe:COMMAND.
         stop: give up when this is set.
+        quiet: hide what commands print about failures.
 
     Raises:
         OSError: it cannot be had, or not all of it.
     """
-    stream = gopen(_address(url), "rb")
+    address = _address(url)
+    if quiet and address.startswith("pipe:"):
+        address = f"pipe:{{ {address[5:]}\n}} 2>/dev/null"
+    try:
+        stream = gopen(address, "rb")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(error.errno, f"the program {error.filename} is not installed") from error
     process = getattr(stream, "proc", None)
     file = getattr(stream, "stream", stream)
     try:
         yield from _pieces(file.fileno(), stop)
         status = process.wait(STALLED_SECONDS) if process is not None else 0
         if status:
-            by_curl = not url.startswith("pipe:") and status in _CURL
-            text = _CURL[status] if by_curl else f"the command ended with status {status}"
-            raise (Absent if by_curl and status == 22 else OSError)(errno.EIO, text)
+            kind = Absent if by_curl(url) and status == 22 else OSError
+            told = f"{'curl' if by_curl(url) else 'the command'} ended with status {status}"
+            raise kind(errno.EIO, _CURL.get(status, told) if by_curl(url) else told)
     finally:
         if process is not None and process.poll() is None:
             process.kill()

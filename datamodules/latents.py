@@ -14,7 +14,7 @@ from torch import Tensor
 from datamodules.bad import BadSamples
 from datamodules.base import ShardData
 from datamodules.loader import Buffers
-from datamodules.members import labels_of, sizes_of
+from datamodules.members import Labels, keys_of, sizes_of
 from datamodules.order import Ints, Lookup, sample_bits
 from datamodules.source import BadSample, Source, place
 
@@ -278,10 +278,9 @@ class LatentReader:
         self.order = order
         self.shape = shape
         self.size = _BYTES * int(np.prod(shape))
-        self.num_classes = num_classes
-        self.label_offset = label_offset
         self.features = features
         self.flip_seed = flip_seed
+        self._labels = Labels(source, num_classes, label_offset) if num_classes else None
         self._bad = bad
         self._buffers = Buffers(buffers)
 
@@ -318,11 +317,11 @@ class LatentReader:
             BadSample: one of them cannot be read; ``row`` says which.
         """
         batch: Batch = {"latent": self._latents(epochs, samples)}
-        if self.num_classes:
-            batch["label"] = torch.from_numpy(labels_of(self.source, samples, self.num_classes, self.label_offset))
+        if self._labels is not None:
+            batch["label"] = torch.from_numpy(self._labels(samples))
         if self.features is not None:
             batch["text_features"], batch["text_mask"] = self._text(samples, self.features)
-        batch["key"] = [self.source.key(sample) for sample in samples.tolist()]
+        batch["key"] = keys_of(self.source, samples)
         return batch
 
     def _latents(self, epochs: Ints, samples: Ints) -> Tensor:

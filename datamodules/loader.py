@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import DTypeLike, NDArray
 from torchdata.nodes import IterableWrapper, ParallelMapper
 
@@ -22,7 +21,8 @@ class Loader(Generic[P, B]):
 
     Threads suffice because the decoders release the interpreter lock, and they map a whole batch at a time because a
     hop between threads costs more than decoding a small image. There is deliberately no ``state_dict``: whoever
-    makes the plans knows the position, and a loader that prefetches knows it wrongly.
+    makes the plans knows the position, and a loader that prefetches knows it wrongly. torchdata sets its threads to
+    one core each, so that resizing in several of them does not crowd the machine.
 
     Args:
         plans: returns an iterator over plans, one per batch.
@@ -136,7 +136,6 @@ class _Threads(Generic[P, B]):
         def guarded_read(plan: P | _Failure) -> B | _Failure:
             if isinstance(plan, _Failure):
                 return plan
-            _compute_alone()
             try:
                 return read(plan)
             except Exception as error:
@@ -176,24 +175,6 @@ class _Threads(Generic[P, B]):
         del node
 
 
-def _compute_alone() -> None:
-    """Let this thread compute with one core: resizing in every reader thread on all cores would be a crowd.
-
-    The number that torch gives to threads yet to come is process-wide, so another thread sets it back.
-    """
-    if getattr(_thread, "alone", False):
-        return
-    with _setting:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        others = threading.Thread(target=torch.set_num_threads, args=(before,))
-        others.start()
-        others.join()
-    _thread.alone = True
-
-
-_thread = threading.local()
-_setting = threading.Lock()
 _live: "weakref.WeakSet[_Threads[Any, Any]]" = weakref.WeakSet()
 
 

@@ -1,4 +1,7 @@
-"""Facts about members of many samples at once: their sizes, and the classes written in them."""
+"""Facts about many samples at once: their keys, the sizes of their members, and the classes written in them."""
+
+import threading
+from collections import OrderedDict
 
 import numpy as np
 
@@ -6,11 +9,30 @@ from datamodules.order import Ints, groups
 from datamodules.source import BadSample, Source, place
 
 _DIGITS = 18  # bytes of a class; every such number is an int64
+_UNKNOWN = np.iinfo(np.int64).min
+_KEPT = 2**22  # classes of samples, 8 bytes each
 
 
 def shards_of(source: Source, samples: Ints) -> Ints:
     """Number of the shard that holds each sample, int64 (n,)."""
     return np.searchsorted(source.starts, samples, side="right") - 1
+
+
+def keys_of(source: Source, samples: Ints) -> list[str]:
+    """Key of each sample, as ``source.key`` gives them."""
+    listed = getattr(source, "keys", None)
+    if listed is None:
+        return [source.key(sample) for sample in samples.tolist()]
+    keys = [""] * len(samples)
+    for shard, here in groups(shards_of(source, samples)):
+        rows = samples[here] - source.starts[shard]
+        try:
+            found = listed(shard)[rows].tolist()
+        except (OSError, IndexError):  # the shard has gone or is damaged
+            found = [source.key(sample).encode("utf-8", "surrogateescape") for sample in samples[here].tolist()]
+        for place_of, key in zip(here.tolist(), found, strict=True):
+            keys[place_of] = key.decode("utf-8", "surrogateescape")
+    return keys
 
 
 def sizes_of(source: Source, samples: Ints, extension: str) -> Ints:
@@ -21,52 +43,89 @@ def sizes_of(source: Source, samples: Ints, extension: str) -> Ints:
     return sizes
 
 
-def labels_of(source: Source, samples: Ints, num_classes: int, offset: int) -> Ints:
-    """Class of each sample, from its ``cls`` member, int64 (n,).
+class Labels:
+    """Class of any sample, from its ``cls`` member; those of a shard are read together and kept for a while.
 
     Args:
         source: the samples.
-        samples: sample numbers, int64 (n,).
         num_classes: labels must lie in 0..num_classes-1.
         offset: added to every stored class.
-
-    Raises:
-        BadSample: a class is missing, no number, or out of range; ``row`` says which.
     """
-    sizes = sizes_of(source, samples, "cls")
-    long = np.flatnonzero(sizes > _DIGITS)
-    if len(long):
-        raise BadSample(f"{_place(source, samples, long[0])}: its class (.cls) has {sizes[long[0]]} bytes", row=long[0])
-    text = np.zeros((len(samples), _DIGITS), dtype=np.uint8)
-    rows = np.arange(len(samples), dtype=np.int64)
-    source.pieces(samples, "cls", np.zeros_like(rows), sizes, text, rows * _DIGITS)
-    words = text.view(f"S{_DIGITS}").ravel()
-    try:
-        labels = words.astype(np.int64)
-    except ValueError:
-        row = next(row for row, word in enumerate(words.tolist()) if not _is_number(word))
-        told = f"the class is {words[row]!r}, expected a whole number"
-        raise BadSample(f"{_place(source, samples, row)}: {told}", row=row) from None
-    labels += offset
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if len(wrong):
-        row, label = int(wrong[0]), int(labels[wrong[0]])
-        raise BadSample(
-            f"Label {label} in shard {_place(source, samples, row)}, but data.num_classes={num_classes} allows "
-            f"0..{num_classes - 1} (stored class {label - offset}, data.label_offset={offset})",
-            advice="Correct data.label_offset or data.num_classes.",
-            row=row,
-        )
-    return labels
 
+    def __init__(self, source: Source, num_classes: int, offset: int) -> None:
+        self._source = source
+        self._num_classes = num_classes
+        self._offset = offset
+        self._kept: OrderedDict[int, Ints] = OrderedDict()
+        self._lock = threading.Lock()
 
-def _is_number(word: bytes) -> bool:
-    try:
-        int(word)
-    except ValueError:
-        return False
-    return True
+    def __call__(self, samples: Ints) -> Ints:
+        """Label of each sample, int64 (n,).
 
+        Raises:
+            BadSample: a class is missing, no number, or out of range; ``row`` says which.
+        """
+        stored = np.empty(len(samples), dtype=np.int64)
+        for shard, here in groups(shards_of(self._source, samples)):
+            stored[here] = self._shard(shard)[samples[here] - self._source.starts[shard]]
+        labels = stored + self._offset
+        wrong = np.flatnonzero((stored == _UNKNOWN) | (labels < 0) | (labels >= self._num_classes))
+        for row in wrong.tolist():  # usually none; what could not be read with its shard gets another chance
+            labels[row] = self._one(int(samples[row]), row)
+        return labels
 
-def _place(source: Source, samples: Ints, row: int) -> str:
-    return place(source, int(samples[row]))
+    def _shard(self, shard: int) -> Ints:
+        """Stored classes of a shard, ``_UNKNOWN`` for what is not to be had."""
+        with self._lock:
+            found = self._kept.get(shard)
+        if found is None:
+            samples = np.arange(self._source.starts[shard], self._source.starts[shard + 1], dtype=np.int64)
+            try:
+                found = self._read(shard, samples)
+            except ValueError:  # at least one of them
+                found = np.array([self._try(sample) for sample in samples.tolist()], dtype=np.int64)
+            with self._lock:
+                self._kept[shard] = found
+                while len(self._kept) > 1 and sum(map(len, self._kept.values())) > _KEPT:
+                    self._kept.popitem(last=False)
+        return found
+
+    def _read(self, shard: int, samples: Ints) -> Ints:
+        sizes = self._source.sizes(shard, "cls")
+        if (sizes > _DIGITS).any() or (sizes == 0).any():
+            raise ValueError
+        text = np.zeros((len(samples), _DIGITS), dtype=np.uint8)
+        places = np.arange(len(samples), dtype=np.int64) * _DIGITS
+        self._source.pieces(samples, "cls", np.zeros_like(places), sizes, text, places)
+        return text.view(f"S{_DIGITS}").ravel().astype(np.int64)
+
+    def _try(self, sample: int) -> int:
+        try:
+            return int(self._source.read(sample).get("cls", b"")[:_DIGITS])
+        except ValueError:  # BadSample, or no number
+            return _UNKNOWN
+
+    def _one(self, sample: int, row: int) -> int:
+        """Label of one sample, or what is wrong with it."""
+        try:
+            members = self._source.read(sample)
+        except BadSample as error:
+            error.row = row
+            raise
+        where = place(self._source, sample)
+        text = members.get("cls")
+        if text is None:
+            raise BadSample(f"{where}: no class (.cls) among its members ({', '.join(members)})", row=row)
+        try:
+            label = int(text) + self._offset
+        except ValueError as error:
+            told = f"the class is {text[:20]!r}, expected a whole number"
+            raise BadSample(f"{where}: {told}", row=row) from error
+        if not 0 <= label < self._num_classes:
+            raise BadSample(
+                f"Label {label} in shard {where}, but data.num_classes={self._num_classes} allows "
+                f"0..{self._num_classes - 1} (stored class {label - self._offset}, data.label_offset={self._offset})",
+                advice="Correct data.label_offset or data.num_classes.",
+                row=row,
+            )
+        return label

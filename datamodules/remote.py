@@ -1,5 +1,6 @@
 """Shards that lie elsewhere: fetched whole into a bounded cache on this machine, ahead of their use."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -110,6 +111,7 @@ class RemoteFiles:
         """
         urls = list(dict.fromkeys(url for pattern in patterns for url in braces(pattern, setting)))
         for url in urls:
+            download.check(url, setting)
             if not url.startswith("pipe:") and re.search(r"[*\[\]]", url.split("?")[0]):
                 raise ValueError(
                     f"{setting}='{url}': addresses cannot have wildcards, as nobody can list what matches. "
@@ -146,7 +148,7 @@ class RemoteFiles:
         fresh = shard in self._new
         self._new.discard(shard)
         if file is None:
-            file, fresh = self._obtain(shard), False
+            file = self._obtain(shard, self._stop)
             with self._lock:
                 self._misses += 1
         elif not fresh:
@@ -171,7 +173,7 @@ class RemoteFiles:
         """What the shard holds, from its bytes alone."""
         file = self._cached(shard)
         if file is None:
-            file = self._obtain(shard)
+            file = self._obtain(shard, self._stop)
             with self._lock:
                 self._misses += 1
                 self._new.add(shard)
@@ -202,7 +204,7 @@ class RemoteFiles:
         with self._lock:
             self._expected = list(shards)
             if self._thread is None and self._next_expected():
-                self._thread = threading.Thread(target=self._prefetch, name="prefetch", daemon=True)
+                self._thread = threading.Thread(target=self._prefetch, args=(self._stop,), name="prefetch", daemon=True)
                 self._thread.start()
 
     def health(self) -> dict[str, float]:
@@ -210,14 +212,13 @@ class RemoteFiles:
         return {"cache_hits": float(self._hits), "cache_misses": float(self._misses)}
 
     def close(self) -> None:
-        """End the background thread, and every fetch under way."""
-        self._stop.set()
+        """End the background thread, and give up every fetch under way; later reads fetch again."""
         with self._lock:
-            self._expected = []
-            thread = self._thread
+            stop, self._stop = self._stop, threading.Event()
+            thread, self._expected = self._thread, []
+        stop.set()
         if thread is not None:
             thread.join()
-        self._stop.clear()
 
     def needed(self, window: int) -> int:
         """Bytes of the largest two windows of ``window`` shards."""
@@ -259,10 +260,11 @@ class RemoteFiles:
             os.close(file)
             path.unlink(missing_ok=True)
             return None
-        os.utime(file)  # what was used last is removed last
+        with contextlib.suppress(OSError):
+            os.utime(file)  # what was used last is removed last
         return file
 
-    def _obtain(self, shard: int, wait: bool = True) -> int:
+    def _obtain(self, shard: int, stop: threading.Event, wait: bool = True) -> int:
         """Fetch a shard, unless somebody else is at it and that is not waited for; see ``open``.
 
         Raises:
@@ -273,11 +275,11 @@ class RemoteFiles:
         if time.monotonic() - when < _FAILED_SECONDS:
             raise OSError(error.errno, error.strerror or str(error))
         lock = Lock(self._path(shard))
-        if not lock.acquire(wait, self._stop):
+        if not lock.acquire(wait, stop):
             raise BlockingIOError(errno.EAGAIN, "another process fetches it")
         try:
             there = self._cached(shard)
-            return self._attempts(shard, lock) if there is None else there
+            return self._attempts(shard, lock, stop) if there is None else there
         except Closed:
             raise
         except OSError as failure:
@@ -286,35 +288,36 @@ class RemoteFiles:
         finally:
             lock.release()
 
-    def _attempts(self, shard: int, lock: Lock) -> int:
+    def _attempts(self, shard: int, lock: Lock, stop: threading.Event) -> int:
         """Try several times, waiting longer each time."""
         for attempt in range(_ATTEMPTS):
             try:
-                return self._download(shard, lock)
+                return self._download(shard, lock, stop)
             except OSError as error:
                 hopeless = isinstance(error, Absent | Closed | FileNotFoundError) or error.errno == errno.ENOSPC
                 if hopeless or attempt + 1 == _ATTEMPTS:
                     raise
                 log.warning("%s: %s; trying again", self.names[shard], error.strerror or error)
                 lock.touch()
-                self._stop.wait(_BACKOFF_SECONDS * 2**attempt)
+                stop.wait(_BACKOFF_SECONDS * 2**attempt)
         raise AssertionError
 
-    def _download(self, shard: int, lock: Lock) -> int:
+    def _download(self, shard: int, lock: Lock, stop: threading.Event) -> int:
         """Fetch, compare and publish one shard; returns its descriptor."""
         path, entry, known = self._path(shard), self.entries[shard], self.sizes[shard]
         part = path.with_name(f"{path.name}.{download.owner()}.{threading.get_ident()}.part")
-        file = self._reserve(part, known)
+        file = self._reserve(part, known, stop)
         size, digest = 0, hashlib.sha256()
         try:
-            for data in download.chunks(self._shards[shard].url, self._stop):
+            for data in download.chunks(self._shards[shard].url, stop):
                 download.write_all(file, data)
                 digest.update(data)
                 size += len(data)
                 lock.touch()
             if known and size != known:
-                text = f"the download has {size} bytes, {catalogue.FILE_NAME if entry else 'its index'} says {known}"
-                raise OSError(errno.EIO, text)
+                replaced = f"; if it was replaced, delete {tarindex.cache_file(self._shards[shard].identity())}"
+                told = f"{catalogue.FILE_NAME} says {known}" if entry else f"its index says {known}{replaced}"
+                raise OSError(errno.EIO, f"the download has {size} bytes, {told}")
             _check(size, digest.hexdigest(), entry, file)
             os.fsync(file)
             part.replace(path)
@@ -326,10 +329,10 @@ class RemoteFiles:
             raise
         return file
 
-    def _reserve(self, part: Path, size: int) -> int:
+    def _reserve(self, part: Path, size: int, stop: threading.Event) -> int:
         """Make room for a file and open it with its final size, so that others take it into account."""
         room = Lock(self.folder / "room")
-        room.acquire(True, self._stop)
+        room.acquire(True, stop)
         try:
             self._make_room(size)
             file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -356,21 +359,23 @@ class RemoteFiles:
         for _, _, path, freed in sorted(copies):
             if used <= self.cache_bytes:
                 return
-            path.unlink(missing_ok=True)
-            used -= freed
+            with contextlib.suppress(OSError):
+                path.unlink()
+                used -= freed
 
-    def _prefetch(self) -> None:
+    def _prefetch(self, stop: threading.Event) -> None:
         """Body of the background thread; ends when nothing expected is left to fetch."""
         while True:
             with self._lock:
-                todo = [] if self._stop.is_set() else self._next_expected()
+                todo = [] if stop.is_set() else self._next_expected()
                 if not todo:
-                    self._thread = None
+                    if self._thread is threading.current_thread():
+                        self._thread = None
                     return
             busy = True
             for shard in todo:
                 try:
-                    os.close(self._obtain(shard, wait=False))
+                    os.close(self._obtain(shard, stop, wait=False))
                     busy = False
                     break  # what is expected may have changed
                 except BlockingIOError:
@@ -378,7 +383,7 @@ class RemoteFiles:
                 except OSError as error:
                     log.debug("%s: %s", self.names[shard], error)  # told when somebody reads it
             if busy:
-                self._stop.wait(0.2)
+                stop.wait(0.2)
 
     def _next_expected(self) -> list[int]:
         """Expected shards that are not here, in order, as far as all of them fit into the cache together."""
@@ -460,7 +465,7 @@ def _check(size: int, digest: str, entry: ShardEntry | None, file: int) -> None:
 
 def _fetch_small(url: str, stop: threading.Event) -> bytes:
     content = bytearray()
-    for data in download.chunks(url, stop):
+    for data in download.chunks(url, stop, quiet=True):
         content += data
         if len(content) > _SMALL:
             raise OSError(errno.EFBIG, "too large")
@@ -475,7 +480,7 @@ def _fetch_catalogue(url: str) -> Catalogue | None:
         except Absent:
             return None
         except OSError:
-            if url.startswith("pipe:"):  # a command cannot tell an absent file from other trouble
+            if not download.by_curl(url):  # commands cannot tell an absent file from other trouble
                 return None
             time.sleep(_BACKOFF_SECONDS * 2**attempt if attempt + 1 < _ATTEMPTS else 0)
         else:

@@ -15,10 +15,10 @@ import numpy as np
 
 from datamodules import catalogue, spans
 from datamodules.files import Files, LocalFiles
-from datamodules.order import Ints, fingerprint, groups
+from datamodules.order import Ints, fingerprint
 from datamodules.patterns import find
 from datamodules.source import BadSample, Bytes, Measure, Members, Source, measure_rows
-from datamodules.spans import Handle
+from datamodules.spans import Column, Handle
 from datamodules.stock import damage, take_stock
 from datamodules.tarindex import BLOCK, TarIndex, states
 
@@ -35,7 +35,8 @@ class ShardSet:
     """Samples of a list of tar shards, read by position through one index per shard.
 
     Nothing is kept open but the shards in use, and no index but theirs is held in memory: 12 bytes per member and
-    the longest key per sample of at most ``open_shards`` shards.
+    the longest key per sample of at most ``open_shards`` shards. Shards that ``gather`` and ``pieces`` copy from are
+    mapped; what counts as resident for that is the page cache, which the system takes back when it needs it.
 
     With index.json, counts and fingerprint are what it says, so that damage never moves a sample to another position.
 
@@ -226,56 +227,46 @@ class ShardSet:
         assert out.flags.c_contiguous
         shards = np.searchsorted(self.starts, samples, side="right") - 1
         rows = samples - self.starts[shards]
-        members, sizes, ends = np.empty_like(rows), np.empty_like(rows), np.empty_like(rows)
-        handles: dict[int, Handle] = {}
-        for shard, here in groups(shards):
-            asked = int(here[0])
-            index, handles[shard] = self._open(shard, int(rows[asked]), asked)
+
+        def column(shard: int, asked: int) -> Column:
+            row = int(rows[asked])
+            index, handle = self._open(shard, row, asked)
             if index.problem and self.strict:
                 raise BadSample(damage(self.names[shard], index), row=asked)
-            members[here], sizes[here] = spans.locate(index, rows[here], extension)
             try:
-                ends[here] = handles[shard].size()
+                return Column(index, handle, extension)
             except OSError as error:
                 self._forget(shard)
-                raise self._unreadable(shard, f"#{rows[asked]}", error, asked) from error
-        fits = (sizes == lengths) if begins is None else (begins >= 0) & (begins + lengths <= sizes)
-        fits &= (members >= 0) & (members + sizes <= ends)
-        if not fits.all():
-            asked = int(fits.argmin())
-            raise self._unfit(int(samples[asked]), asked, extension, int(lengths[asked]), int(ends[asked]))
-        parts = spans.Spans(
-            [handles[shard] for shard in shards.tolist()],
-            members,
-            sizes,
-            np.zeros_like(rows) if begins is None else begins,
-            lengths,
-            at,
-        )
+                raise self._unreadable(shard, f"#{row}", error, asked) from error
+
         try:
-            failed = spans.copy(parts, out.reshape(-1))
+            failed = spans.copy(column, shards, rows, begins, lengths, out.reshape(-1), at)
         except OSError as error:
             asked = int(error.filename)
             self._forget(int(shards[asked]))
             raise self._unreadable(int(shards[asked]), self.key(int(samples[asked])), error, asked) from error
         if failed >= 0:
-            raise self._misplaced(int(shards[failed]), int(rows[failed]), int(members[failed]) - BLOCK, failed)
+            raise self._unfit(int(shards[failed]), int(rows[failed]), failed, extension, begins, int(lengths[failed]))
 
-    def _unfit(self, sample: int, asked: int, extension: str, length: int, file_end: int) -> BadSample:
-        """Why a member cannot be copied."""
-        shard, row = self._locate(sample)
+    def _unfit(self, shard: int, row: int, asked: int, extension: str, begins: Ints | None, length: int) -> BadSample:
+        """Why a part of a member cannot be copied."""
         index = self._index(shard)
         self._check_row(shard, row, index, asked)
-        where = f"{self.names[shard]}, sample {index.key(row)}"
-        column = index.extensions.index(extension) if extension in index.extensions else -1
-        if column < 0 or index.offsets[row, column] < 0:
-            held = [name for name, at in zip(index.extensions, index.offsets[row], strict=True) if at >= 0]
-            return BadSample(f"{where}: no .{extension} among its members ({', '.join(held)})", row=asked)
-        size = int(index.sizes[row, column])
-        end = int(index.offsets[row, column]) + size
-        if end > file_end:
-            return BadSample(_cut(self.names[shard], index.key(row), file_end, end), row=asked)
-        return BadSample(f"{where}: .{extension} has {size} bytes, expected {length}", row=asked)
+        key = index.key(row)
+        held = [name for name, at in zip(index.extensions, index.offsets[row], strict=True) if at >= 0]
+        if extension not in held:
+            among = f"no .{extension} among its members ({', '.join(held)})"
+            return BadSample(f"{self.names[shard]}, sample {key}: {among}", row=asked)
+        column = index.extensions.index(extension)
+        size, member = int(index.sizes[row, column]), int(index.offsets[row, column])
+        wanted = length if begins is None else int(begins[asked]) + length
+        if wanted > size or (begins is None and wanted < size):
+            told = f".{extension} has {size} bytes, expected {'' if begins is None else 'at least '}{wanted}"
+            return BadSample(f"{self.names[shard]}, sample {key}: {told}", row=asked)
+        there = os.fstat(self._handle(shard).file).st_size
+        if member + size > there:
+            return BadSample(_cut(self.names[shard], key, there, member + size), row=asked)
+        return self._misplaced(shard, row, member - BLOCK, asked)
 
     def _check_row(self, shard: int, row: int, index: TarIndex, asked: int = -1) -> None:
         if index.problem and (self.strict or row >= len(index)):

@@ -11,7 +11,6 @@ import functools
 import mmap
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,98 +35,118 @@ class Handle:
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         close(self.file)
 
-    def size(self) -> int:
-        """Bytes that can be read now.
-
-        Raises:
-            OSError: the file is out of reach.
-        """
-        size = os.fstat(self.file).st_size
-        return size if self.mapped is None else min(size, len(self.mapped))
-
     @functools.cached_property
-    def mapped(self) -> memoryview | None:
+    def mapped(self) -> mmap.mmap | None:
         """The content, or None where a map is not safe."""
         stat = os.fstat(self.file)
         if _file_system(stat.st_dev) not in _LOCAL or not stat.st_size:
             return None
         with contextlib.suppress(OSError, ValueError):
-            return memoryview(mmap.mmap(self.file, stat.st_size, access=mmap.ACCESS_READ))
+            return mmap.mmap(self.file, stat.st_size, access=mmap.ACCESS_READ)
         return None
 
 
-@dataclass(frozen=True)
-class Spans:
-    """Parts of one member of several samples.
+class Column:
+    """One member of all samples of an open shard, for the time of one batch.
+
+    Args:
+        index: of the shard.
+        handle: of the shard.
+        extension: which member.
 
     Attributes:
-        handles: the shard of each, n of them.
-        members: byte of the shard at which the member begins, -1 if there is none; int64 (n,), as all that follow.
-        sizes: bytes of the member.
-        begins: first byte wanted, inside the member.
-        lengths: bytes wanted.
-        at: where they go, in a flat array of bytes.
+        file: descriptor of the shard.
+        source: its content, or None where it has to be read.
+        end: bytes that can be read now.
+        members: byte of the shard at which each member begins, -1 where there is none, int64; and its size. Both are
+            empty if no sample has it.
+
+    Raises:
+        OSError: the file is out of reach.
     """
 
-    handles: list[Handle]
-    members: Ints
-    sizes: Ints
-    begins: Ints
-    lengths: Ints
-    at: Ints
+    def __init__(self, index: TarIndex, handle: Handle, extension: str) -> None:
+        self.handle = handle
+        self.file = handle.file
+        self.source = handle.mapped
+        size = os.fstat(handle.file).st_size
+        self.end = size if self.source is None else min(size, len(self.source))
+        known = extension in index.extensions
+        column = index.extensions.index(extension) if known else 0
+        self.members = index.offsets[:, column] if known else index.offsets[:0].ravel()
+        self.sizes = index.sizes[:, column] if known else index.sizes[:0].ravel()
 
 
-def locate(index: TarIndex, rows: Ints, extension: str) -> tuple[Ints, Ints]:
-    """Begin and size of one member of some rows of a shard, int64 (n,); -1 and 0 where there is none."""
-    if extension not in index.extensions or (rows >= len(index)).any():
-        here = rows < len(index) if extension in index.extensions else np.zeros(len(rows), dtype=bool)
-        members, sizes = np.full(len(rows), -1, dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
-        if here.any():
-            members[here], sizes[here] = locate(index, rows[here], extension)
-        return members, sizes
-    column = index.extensions.index(extension)
-    return index.offsets[rows, column], index.sizes[rows, column].astype(np.int64)
+def copy(
+    column_of: Callable[[int, int], Column],
+    shards: Ints,
+    rows: Ints,
+    begins: Ints | None,
+    lengths: Ints,
+    out: Bytes,
+    at: Ints,
+) -> int:
+    """Copy parts of members to their places in ``out``.
 
+    One part after the other, as nothing that handles all of them at once pays: the rows of a batch are spread over
+    the shards of a window.
 
-def copy(spans: Spans, out: Bytes) -> int:
-    """Copy parts of shards to their places in ``out``, uint8 (size,). Members must lie inside their files.
+    Args:
+        column_of: shard, and the first part that wants it, to the member's column.
+        shards: number of the shard of each part, int64 (n,).
+        rows: row of the shard, int64 (n,).
+        begins: first byte inside the member, int64 (n,); None for whole members, which must have ``lengths`` bytes.
+        lengths: bytes wanted, int64 (n,).
+        out: uint8 (size,).
+        at: where each part goes, int64 (n,).
 
     Returns:
-        -1; or the first part whose header is not where the index says, or that the file ends in. The ones behind it
+        -1; or the first part that is not in its shard, or whose shard is not what its index says. The ones behind it
         are not copied.
 
     Raises:
         OSError: a file cannot be read; ``filename`` is the number of the part.
     """
     target = out.data
-    digits = {size: b"%011o" % size for size in np.unique(spans.sizes).tolist()}
-    columns = (spans.members, spans.sizes, spans.members + spans.begins, spans.lengths, spans.at)
-    parts = zip(spans.handles, *(column.tolist() for column in columns), strict=True)
-    for number, (handle, member, size, begin, length, at) in enumerate(parts):
-        source = handle.mapped
+    columns: dict[int, Column] = {}
+    whole = begins is None
+    starts = np.zeros_like(rows) if begins is None else begins
+    known, digits = -1, b""
+    parts = zip(shards.tolist(), rows.tolist(), starts.tolist(), lengths.tolist(), at.tolist(), strict=True)
+    for number, (shard, row, begin, length, place) in enumerate(parts):
+        column = columns.get(shard)
+        if column is None:
+            column = columns[shard] = column_of(shard, number)
+        if row >= len(column.members):
+            return number
+        member, size = column.members.item(row), column.sizes.item(row)
+        end = begin + length
+        if member < 0 or member + size > column.end or end > size or begin < 0 or (whole and end < size):
+            return number
+        if size != known:
+            known, digits = size, b"%011o" % size
+        source = column.source
         if source is None:
             try:
-                if not _read(handle.file, member, size, begin, target[at : at + length]):
+                if not _read(column.file, member, size, begin, target[place : place + length]):
                     return number
             except OSError as error:
                 error.filename = number
                 raise
             continue
         # The size in the header (bytes 124 to 134) tells in passing whether the shard is the one that was indexed.
-        if source[member - 388 : member - 377] != digits[size] and not states(
-            bytes(source[member - BLOCK : member]), size
-        ):
+        if source[member - 388 : member - 377] != digits and not states(source[member - BLOCK : member], size):
             return number
-        target[at : at + length] = source[begin : begin + length]
+        target[place : place + length] = source[member + begin : member + end]
     return -1
 
 
 def _read(file: int, member: int, size: int, begin: int, target: memoryview) -> bool:
     """Copy one part by a system call, with the header where that is next to it; False if something is wrong."""
-    if begin != member:
-        return os.preadv(file, (target,), begin) == len(target)
+    if begin:
+        return os.preadv(file, (target,), member + begin) == len(target)
     header = bytearray(BLOCK)
-    return os.preadv(file, (header, target), begin - BLOCK) == BLOCK + len(target) and states(bytes(header), size)
+    return os.preadv(file, (header, target), member - BLOCK) == BLOCK + len(target) and states(bytes(header), size)
 
 
 @functools.lru_cache(maxsize=64)

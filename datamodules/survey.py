@@ -36,9 +36,9 @@ class Facts:
         members: per extension, number of members and their bytes.
         labels: samples per class.
         shapes: images per (height, width); (0, 0) where the header cannot be read.
-        neighbours: pairs of samples that follow one another and both have a class.
-        alike: those of one class.
-        chance: how many of them would be alike if the shard were shuffled.
+        alike: pairs of samples that follow one another in a shard and have the same class.
+        chance: how many there would be if each shard were shuffled.
+        most: how many if each shard were sorted by class.
     """
 
     samples: int = 0
@@ -47,9 +47,9 @@ class Facts:
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
     labels: Counter[int] = field(default_factory=Counter)
     shapes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    neighbours: int = 0
     alike: int = 0
     chance: float = 0.0
+    most: int = 0
 
     def add(self, other: "Facts") -> None:
         """Count another part in."""
@@ -61,15 +61,14 @@ class Facts:
             self.members[name] = (before[0] + count, before[1] + size)
         self.labels += other.labels
         self.shapes += other.shapes
-        self.neighbours += other.neighbours
         self.alike += other.alike
         self.chance += other.chance
+        self.most += other.most
 
     def sortedness(self) -> float | None:
         """0 if classes follow one another as by chance, 1 if each shard is sorted by class; None without classes."""
-        if self.neighbours == 0 or self.chance >= self.neighbours - 0.5:
-            return None
-        return max(0.0, (self.alike - self.chance) / (self.neighbours - self.chance))
+        room = self.most - self.chance
+        return max(0.0, (self.alike - self.chance) / room) if room >= 1 else None
 
 
 def find(path: Path) -> list[Path]:
@@ -153,7 +152,6 @@ def facts(path: Path, index: TarIndex, classes: NDArray[np.int64], sizes: NDArra
     counts = Counter(
         {int(label): int(count) for label, count in zip(*np.unique(known, return_counts=True), strict=True)}
     )
-    pairs = max(0, len(known) - 1)
     chance = sum(count * (count - 1) for count in counts.values()) / max(1, len(known))
     shapes = Counter(map(tuple, sizes.tolist())) if sizes is not None else Counter()
     return Facts(
@@ -163,9 +161,9 @@ def facts(path: Path, index: TarIndex, classes: NDArray[np.int64], sizes: NDArra
         members=members,
         labels=counts,
         shapes=shapes,
-        neighbours=pairs,
         alike=int((known[1:] == known[:-1]).sum()),
         chance=chance,
+        most=len(known) - len(counts),
     )
 
 

@@ -1,6 +1,7 @@
 """Text from tar shards as rows of tokens, in an order any number of ranks can continue."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.base import ShardData
+from datamodules.members import keys_of
 from datamodules.mixture import shares_of
 from datamodules.order import Ints, Meaning, Order
 from datamodules.packing import MODES, MixedRows, Pieces, Rows
@@ -159,7 +161,7 @@ class Text(ShardData):
     def key_at(self, position: int) -> str:
         """Name of the row at a training position."""
         pieces = self.training_sequence()(np.array([position], dtype=np.int64))
-        return self._row_name("train", int(pieces.sample[0]), int(pieces.begin[0]))
+        return self._names("train", pieces.sample[:1], pieces.begin[:1])[0]
 
     def facts(self) -> dict[str, Any]:
         """How rows are made."""
@@ -182,7 +184,7 @@ class Text(ShardData):
             self.bad_of(split),
             self._documents(source),
             self.layout,
-            name=lambda sample, begin: self._row_name(split, sample, begin),
+            names=partial(self._names, split),
             num_classes=self.num_classes,
             label_offset=self.label_offset,
             buffers=self.buffers,
@@ -243,9 +245,11 @@ class Text(ShardData):
             return StoredTokens(source, TOKENS, self._kind)
         return RawText(source, self.member, self.tokenizer)
 
-    def _row_name(self, split: str, sample: int, begin: int) -> str:
-        key = self.source_of(split).key(sample)
-        return key if self.mode == "padded" else f"{key}+{begin}"
+    def _names(self, split: str, samples: Ints, begins: Ints) -> list[str]:
+        keys = keys_of(self.source_of(split), samples)
+        if self.mode == "padded":
+            return keys
+        return [f"{key}+{begin}" for key, begin in zip(keys, begins.tolist(), strict=True)]
 
     def _meant(self) -> Meaning:
         return {

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from datamodules.bad import BadSamples
 from datamodules.loader import Buffers
-from datamodules.members import labels_of, shards_of, sizes_of
+from datamodules.members import Labels, shards_of, sizes_of
 from datamodules.order import Ints
 from datamodules.packing import Pieces
 from datamodules.source import BadSample, Source, place
@@ -90,7 +90,7 @@ class TokenReader:
         layout: how a row is laid out.
         num_classes: one document per row, whose class joins the batch and lies in 0..num_classes-1; 0 for none.
         label_offset: added to every stored class.
-        name: name of a row, from the number of its first document and the first token of it in the row.
+        names: names of rows, from the numbers of their first documents and the first tokens of these in the rows.
         buffers: how many batches are kept for reuse.
     """
 
@@ -102,7 +102,7 @@ class TokenReader:
         documents: Documents,
         layout: RowLayout,
         *,
-        name: Callable[[int, int], str],
+        names: Callable[[Ints, Ints], list[str]],
         num_classes: int = 0,
         label_offset: int = 0,
         buffers: int = 8,
@@ -111,9 +111,8 @@ class TokenReader:
         self.rows = rows
         self.documents = documents
         self.layout = layout
-        self.name = name
-        self.num_classes = num_classes
-        self.label_offset = label_offset
+        self.names = names
+        self._classes = Labels(source, num_classes, label_offset) if num_classes else None
         self._bad = bad
         self._buffers = Buffers(buffers)
 
@@ -144,17 +143,18 @@ class TokenReader:
         batch: Batch = {"tokens": torch.from_numpy(tokens), "valid": torch.from_numpy(valid)}
         if layout.documents:
             batch |= self._borders(shape, pieces, starts)
-        if self.num_classes:
+        if self._classes is not None:
             batch["label"] = torch.from_numpy(labels)
-        batch["key"] = self._keys(len(positions), planned)
+        firsts = np.searchsorted(planned.row, np.arange(len(positions)))
+        batch["key"] = self.names(planned.sample[firsts], planned.begin[firsts])
         return batch
 
     def _labels(self, count: int, pieces: Pieces) -> tuple[Ints, Pieces]:
         """Class of every row, and the pieces without those whose document has no usable class."""
         labels = np.zeros(count, dtype=np.int64)
-        while self.num_classes and len(pieces.row):
+        while self._classes is not None and len(pieces.row):
             try:
-                labels[pieces.row] = labels_of(self.source, pieces.sample, self.num_classes, self.label_offset)
+                labels[pieces.row] = self._classes(pieces.sample)
                 break
             except BadSample as error:
                 self._bad.add(int(pieces.sample[error.row]), error)
@@ -188,12 +188,6 @@ class TokenReader:
         flat = position.reshape(-1)
         np.add(flat, np.arange(flat.size), out=flat, where=document.reshape(-1) >= 0)
         return {"document": torch.from_numpy(document), "position": torch.from_numpy(position)}
-
-    def _keys(self, count: int, pieces: Pieces) -> list[str]:
-        """Names of the rows."""
-        firsts = np.searchsorted(pieces.row, np.arange(count))
-        samples, begins = pieces.sample[firsts].tolist(), pieces.begin[firsts].tolist()
-        return [self.name(sample, begin) for sample, begin in zip(samples, begins, strict=True)]
 
 
 class StoredTokens:

@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import socket
+import struct
 import sys
 import time
 from collections import Counter
@@ -28,6 +29,8 @@ Measure = Callable[[Sample], Sequence[int]]
 # uid, gid and mode have fixed defaults in webdataset; an integer mtime also spares a pax header per member.
 _REPRODUCIBLE = {"mtime": 0, "user": "", "group": "", "encoder": False}
 _PROGRESS_SECONDS = 0.2
+_BUFFER = 2**20
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def image_shape(data: bytes) -> tuple[int, int]:
@@ -36,6 +39,9 @@ def image_shape(data: bytes) -> tuple[int, int]:
         if data[:2] == b"\xff\xd8":
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
             return int(height), int(width)
+        if data[:8] == _PNG and data[12:16] == b"IHDR":
+            width, height = struct.unpack(">II", data[16:24])
+            return height, width
         with Image.open(io.BytesIO(data)) as image:
             return image.height, image.width
     except Exception:  # decoders raise a dozen types for broken input; whoever decodes it reports it
@@ -177,7 +183,8 @@ class ShardFile:
         self._classes: Counter[int] = Counter()
         self._part = path.with_name(f"{path.name}.part")
         self._file = _HashingFile(self._part.open("wb"))
-        self._tar = TarWriter(self._file, **_REPRODUCIBLE)
+        self._buffer = io.BufferedWriter(self._file, _BUFFER)  # the tar writer passes on 10 kB at a time
+        self._tar = TarWriter(self._buffer, **_REPRODUCIBLE)
 
     def write(self, sample: Sample) -> None:
         """Append one sample: "__key__", and bytes per extension."""
@@ -197,6 +204,7 @@ class ShardFile:
             ValueError: a key came twice.
         """
         self._tar.close()
+        self._buffer.flush()
         self._file.finish()
         index = tarindex.scan(self._part)
         if index.problem:
@@ -210,6 +218,10 @@ class ShardFile:
 
 class _HashingFile(io.RawIOBase):
     """Binary file that hashes what passes through it."""
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
 
     def __init__(self, file: BinaryIO) -> None:
         self._inner = file

@@ -237,7 +237,8 @@ def _shapes(shapes: Mapping[tuple[int, int], int]) -> str:
         return f"{listed} (width x height)"
     heights, widths = zip(*shapes, strict=True)
     span = f"width {min(widths)} to {max(widths)}, height {min(heights)} to {max(heights)}"
-    return f"{len(ranked)} resolutions, {span}; commonest {listed}"
+    common = ranked[0][1] * len(ranked) > 2 * sum(shapes.values())
+    return f"{len(ranked)} resolutions, {span}{f'; commonest {listed}' if common else ''}"
 
 
 def _token_bytes(card: Mapping[str, Any]) -> int:

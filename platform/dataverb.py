@@ -99,7 +99,7 @@ def _source(parser: Parser) -> None:
         type=at_least(1, 178_956_970),
         default=178_956_970,
         metavar="N",
-        help="largest height x width of an image (default and most: 178956970)",
+        help="largest height x width of an image (default: 178956970, which is also the most)",
     )
     source.add_argument(
         "--max-bytes",

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from platform import config as configs
 
-SETTINGS = "settings.json"
+SETTINGS, EVALUATIONS = "settings.json", "evaluations.json"
 PICTURE, TEXT = ".png", ".txt"
 
 
@@ -50,8 +50,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(args.seeds) - len(todo)} of {len(args.seeds)} samples are in {out} already")
     module.to(_device())
     begin = time.monotonic()
+    calls: dict[int, int] = {}  # network evaluations, for methods that count them
     for first in range(0, len(todo), args.batch):
-        _write(module, out, todo[first : first + args.batch], labels, args.prompt, settings)
+        seeds = todo[first : first + args.batch]
+        _write(module, out, seeds, labels, args.prompt, settings)
+        if getattr(module, "evaluations", None) is not None:
+            calls |= dict(zip(seeds, module.evaluations.tolist(), strict=True))
+            _note_calls(out, calls)
     if todo:
         seconds = time.monotonic() - begin
         kind = _file(out, todo[0]).suffix[1:]
@@ -116,9 +121,23 @@ def _write(
         os.replace(aside, file)
 
 
+def _note_calls(out: Path, calls: Mapping[int, int]) -> None:
+    """Add to ``evaluations.json`` how many network evaluations each seed took."""
+    file = out / EVALUATIONS
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    aside = file.with_suffix(f".{os.getpid()}.tmp")
+    aside.write_text(json.dumps(known | {str(seed): count for seed, count in calls.items()}))
+    os.replace(aside, file)
+
+
 def _list(out: Path, seeds: Sequence[int]) -> Path:
     """One line of JSON per seed."""
-    rows = [{"seed": seed, "text": _file(out, seed).read_text(encoding="utf-8")} for seed in seeds]
+    calls = json.loads((out / EVALUATIONS).read_text()) if (out / EVALUATIONS).is_file() else {}
+    rows = [
+        {"seed": seed, "text": _file(out, seed).read_text(encoding="utf-8")}
+        | ({"evaluations": calls[str(seed)]} if str(seed) in calls else {})
+        for seed in seeds
+    ]
     file = out / "samples.jsonl"
     aside = file.with_suffix(f".{os.getpid()}.tmp")
     aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

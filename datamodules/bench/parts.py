@@ -22,7 +22,7 @@ from datamodules.bench.rivals import BATCH
 from datamodules.catalogue import FILE_NAME
 from datamodules.images import Images
 from datamodules.latents import Latents
-from datamodules.order import InOrder, Ints, Order
+from datamodules.order import InOrder, Ints, Lookup, Order
 from datamodules.quality import measure
 from datamodules.source import Source
 from datamodules.text import Text
@@ -202,15 +202,16 @@ def shuffle(report: Report, args: argparse.Namespace) -> None:
     """How well the order mixes a set that was written class by class, beside storage order and a full shuffle."""
     samples, classes, batch = 100_000, 100, 256
     labels = np.arange(samples, dtype=np.int64) * classes // samples
-    print(
-        f"\nshuffling of {samples:,} samples in 50 shards, sorted by {classes} classes, batches of {batch}: correlation "
-        "of ranks of position and storage place; runs of one class per batch; distance of a batch's class shares"
-    )
-    for name, lookup in {
+    orders: dict[str, Lookup] = {
         "storage order": InOrder(samples),
         **{f"window of {window} shards": Order([samples // 50] * 50, 0, window) for window in (1, 4, 16, 50)},
         "full shuffle": Order([samples], 0, 1),
-    }.items():
+    }
+    print(
+        f"\nshuffling of {samples:,} samples in 50 shards, sorted by {classes} classes, batches of {batch}: rank "
+        "correlation of position and storage place, runs of one class per batch, distance from the set's class shares"
+    )
+    for name, lookup in orders.items():
         found = measure(name, lookup, labels, batch)
         text = f"{found.rank_correlation:.3f}, {found.runs:.0f} runs, distance {found.total_variation:.2f}"
         report.value(name, text, "", True)

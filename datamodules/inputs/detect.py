@@ -97,12 +97,12 @@ def _by_endings(folder: Path, choices: Choices) -> str:
         raise ValueError(f"{folder} holds shards (.tar) already. Look at them with data check, or write data index.")
     if choices.extensions:
         return "text"
+    tables = [name for name in files if "/" not in name and ending(name) in (".csv", ".jsonl")]
+    if families["folder"] and len(tables) == 1 and _names_pictures(folder / tables[0]):
+        return "captions"
     best = max(families, key=lambda family: families[family], default="")
     if not best or families[best] < _CLEAR * families.total():
         raise ValueError(_unclear(folder, tally(files) or "nothing"))
-    tables = [name for name in files if "/" not in name and ending(name) in (".csv", ".jsonl")]
-    if best == "folder" and len(tables) == 1 and _names_pictures(folder / tables[0]):
-        return "captions"
     return _of_jsonl(folder / next(n for n in files if ending(n) == ".jsonl")) if best == "jsonl" else best
 
 

@@ -73,12 +73,16 @@ class HuggingFace(Inputs):
         image = values.get(columns.image) or {}
         data = image.get("bytes")
         if data is None:
-            data = self._file(image.get("path"))
+            data = self.linked(image.get("path"))
         captions = {member: values[name] for name, member in columns.captions.items() if values.get(name)}
         return Item(within(data, self._max_bytes), captions, label)
 
-    def _file(self, path: str | None) -> bytes:
-        """An image that the row names instead of holding it; only inside the data set's folder."""
+    def linked(self, path: str | None) -> bytes:
+        """An image that a row names instead of holding it; only inside the data set's folder.
+
+        Raises:
+            Refused: it lies elsewhere, or cannot be read.
+        """
         if not path:
             raise Refused("empty")
         inner = Path(path)

@@ -95,9 +95,10 @@ def read_idx(path: Path, least: int) -> NDArray[np.uint8]:
             axes = head[3] if len(head) == 4 else 0
             if head[:3] != bytes([0, 0, _UBYTE]) or not least <= axes <= 4:
                 raise ValueError(f"{path} is not an idx file of {least}-axis bytes (it begins with {head!r}).")
-            shape = [int(size) for size in np.frombuffer(file.read(4 * axes), dtype=">i4")]
+            sizes = file.read(4 * axes).ljust(4 * axes, b"\xff")  # what is cut off reads as a negative size
+            shape = [int(size) for size in np.frombuffer(sizes, dtype=">i4")]
             size = math.prod(shape)
-            if len(shape) != axes or min(shape) < 0 or size > _LARGEST:
+            if min(shape) < 0 or size > _LARGEST:
                 raise ValueError(f"{path} is damaged: its header tells the shape {shape}. Copy it again.")
             data = file.read(size + 1)  # never more than the header tells, whatever is compressed behind it
     except (OSError, EOFError, zlib.error) as error:

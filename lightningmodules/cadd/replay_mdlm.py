@@ -163,12 +163,13 @@ def schedule_of(text: str, path: Path) -> Schedule:
     Raises:
         ValueError: no known schedule.
     """
-    name = re.sub(r"[^a-z0-9]", "", re.split(r"[ ,(]|eps|sigma", text.lower().strip())[0])
+    head = re.split(r"[,(]|eps|sigma", text.lower().strip())[0]
+    name = re.sub(r"[^a-z0-9]", "", head.split()[0] if head.split() else "")
     numbers = {key: float(value) for key, value in re.findall(r"(\w+)\s*[=:]\s*([-+.\deE]+)", text)}
     eps = numbers.get("eps", 1e-3)
     if name in ("loglinear", "log"):
         return masking.LogLinear(eps)
-    if name == "cosine" and not re.search(r"sq|\^\s*2|\*\*\s*2|\b2\b", text.lower()):
+    if name == "cosine" and not re.search(r"sq|2", head):
         return masking.Cosine(eps)
     if name.startswith("cos"):
         return masking.CosineSquared(eps)

@@ -162,7 +162,8 @@ def guide(
         sigma: conditional standard deviation, > 0.
         mu_null: unconditional mean.
         sigma_null: unconditional standard deviation, > 0.
-        omega: weight; 0 leaves the conditional Gaussian, -1 leads to the unconditional one.
+        omega: weight; 0 leaves the conditional Gaussian, -1 leads to the unconditional mean (and scale, if it is the
+            wider one or the rule is "plain").
         rule: "precision" or "plain".
 
     Returns:

@@ -21,7 +21,7 @@ class Guidance:
     """How predictions are pushed away from unconditional ones, in blocks that see the text.
 
     Attributes:
-        weight: w of the house, >= 0; 1 is off, 0 the unconditional model. The authors' omega is w - 1.
+        weight: w of the house, >= 0; 1 is off, 0 leads to the unconditional mean. The authors' omega is w - 1.
         rule: "precision" or "plain", see ``process.guide``.
         blocks: "all" blocks that see the text, or only the "deep" one.
 
@@ -147,11 +147,12 @@ def _invert_block(block: FlowBlock, z: Tensor, request: _Request, deep: bool) ->
     """Invert one block, from inside its ``forward``: (B, N, D) to (B, N, D), both in row-major order."""
     if not block.layers:
         return z
+    dtype = compute_dtype(block.proj_in.weight)
     with torch.autocast(z.device.type, enabled=False), torch.inference_mode():  # a tenth faster than no_grad
         z = block.order(z)
         guide, windows = request.guide, request.windows
         guided = guide is not None and block.text_dim > 0 and (deep or guide.blocks == "all")
-        reader = _Reader(block, len(z), request, guide if guided else None)
+        reader = _Reader(block, len(z), dtype, request, guide if guided else None)
         if windows.size and (not deep or windows.blocks == "all"):
             x = _by_windows(reader, z, windows)
         else:
@@ -199,13 +200,15 @@ class _Reader:
     Args:
         block: the block; the text goes into the cache at once.
         rows: samples.
+        dtype: of matrix products, keys and values.
         request: what is asked for.
         guide: guidance in this block, or None.
     """
 
-    def __init__(self, block: FlowBlock, rows: int, request: _Request, guide: Guidance | None) -> None:
-        weight = block.proj_in.weight
-        dtype, self.block, self.guide, self.rows = compute_dtype(weight), block, guide, rows
+    def __init__(
+        self, block: FlowBlock, rows: int, dtype: torch.dtype, request: _Request, guide: Guidance | None
+    ) -> None:
+        weight, self.block, self.guide = block.proj_in.weight, block, guide
         self.ahead = block.ahead
         start = torch.zeros(1, block.dims, device=weight.device) if block.sos_embed is None else block.sos_embed[0]
         self.start = start.float().expand(rows, -1)
@@ -233,7 +236,8 @@ class _Reader:
         self.cache = request.caches[key]
         self.masks: dict[tuple[int, int], Tensor | None] = {}
         if text is not None:
-            transform(self.layers, text.float().flatten(0, 1), partial(self._attend_window, 0, self.before))
+            h = text.float().flatten(0, 1).clone()  # it is overwritten, and may be what the caller gave
+            transform(self.layers, h, partial(self._attend_window, 0, self.before))
 
     def step(self, i: int, token: Tensor) -> tuple[Tensor, Tensor]:
         """Read one token, (rows, D), as the ``i``-th of the image; mean and scale of the next, (rows, D) each."""

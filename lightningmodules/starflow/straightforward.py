@@ -1,8 +1,8 @@
 """STARFlow written down the obvious way: the yardstick of ``bench.py`` and an independent opinion for the tests.
 
 Nothing here is used to train or sample. It shares the parameters of a ``StarFlowNet`` and none of its code: tokens by
-loops over patches, modules called token by token, the whole cache rotated anew at every step and a fresh mask for it, as
-in the authors' code.
+loops over patches, modules called token by token, the whole cache rotated anew at every step and a fresh mask for it,
+as in the authors' code.
 """
 
 import math
@@ -201,10 +201,8 @@ def _layer(layer: TransformerLayer, x: Tensor, turns: Tensor | None, cache: Cach
     out = out.transpose(1, 2).reshape(b, t, heads * d)
     x = x + _normed(attention.post_norm, attention.proj(out))
     h = _normed(mlp.norm, x)
-    if mlp.gate_proj is not None:
-        h = F.gelu(mlp.gate_proj(h), approximate="tanh") * mlp.up(h)
-    else:
-        h = F.gelu(mlp.up(h))
+    gate = mlp.gate_proj
+    h = F.gelu(mlp.up(h)) if gate is None else F.gelu(gate(h), approximate="tanh") * mlp.up(h)
     return x + _normed(mlp.post_norm, mlp.down(h))
 
 

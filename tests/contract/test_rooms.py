@@ -75,6 +75,10 @@ def test_sample_is_a_function_of_its_seed(miniature: Miniature) -> None:
 def test_generated_data_is_made_of_the_codec_s_levels(miniature: Miniature) -> None:
     room, batch, _ = miniature
     images = room.generate([0, 1], condition_of(room, batch, 2))
+    if isinstance(images, list):
+        assert len(images) == 2
+        assert all(isinstance(text, str) for text in images)
+        return
     assert images.dtype == torch.uint8
     assert images.max() <= room.codec.white
     assert torch.equal(room.codec.decode(room.codec.encode({"image": images})), images)
@@ -95,7 +99,8 @@ def test_likelihood_depends_on_the_row_alone(miniature: Miniature) -> None:
     last = {name: value[-1:] for name, value in batch.items()}
     assert whole.shape == (rows,)
     torch.testing.assert_close(room.log_likelihood(last, seeds=[rows - 1]), whole[-1:], atol=1e-2, rtol=1e-4)
-    assert not torch.equal(room.log_likelihood(batch, seeds=[99] * rows), whole)
+    if room.likelihood == "bound" or hasattr(room.codec, "dequantize"):  # otherwise nothing is drawn
+        assert not torch.equal(room.log_likelihood(batch, seeds=[99] * rows), whole)
 
 
 def test_path_ends_at_the_sample(miniature: Miniature) -> None:
@@ -105,7 +110,8 @@ def test_path_ends_at_the_sample(miniature: Miniature) -> None:
     settings, condition = config.check_sampling(cfg), condition_of(room, batch, 2)
     frames = room.trajectory([3, 4], condition, **settings)
     assert len(frames) > 2
-    torch.testing.assert_close(frames[-1].clamp(-1, 1), room.sample([3, 4], condition, **settings))
+    last = frames[-1].clamp(-1, 1) if frames[-1].is_floating_point() else frames[-1]
+    torch.testing.assert_close(last, room.sample([3, 4], condition, **settings))
 
 
 def test_only_followed_weights_are_averaged_and_exported(miniature: Miniature) -> None:

@@ -20,6 +20,8 @@ import hydra
 import numpy as np
 import pytest
 
+from datamodules.latents import latent_card
+from datamodules.writer import DatasetWriter
 from tests.runner.ledger import Items, Runs, items_of
 from tests.tars import picture, png, write_set, write_tar
 
@@ -102,7 +104,40 @@ def padded(folder: Path) -> Settings:
     return documents(folder, "padded")
 
 
-MODES: list[Callable[[Path], Settings]] = [images, mixture, buckets, captions, concat, pack, padded]
+def mixed_rows(folder: Path) -> Settings:
+    for prefix, counts in (("a", (4, 1, 6)), ("b", (3, 2))):
+        numbers = itertools.count()
+        for shard, count in enumerate(counts):
+            content = {f"{prefix}{number:05d}": {"txt": document(number)} for number in islice(numbers, count)}
+            write_tar(folder / f"{prefix}-{shard:06d}.tar", content)
+    parts = {"a": {"path": "a-*.tar", "weight": 2}, "b": {"path": "b-*.tar", "weight": 1}}
+    return {**TEXT, "mode": "pack", "train": parts}
+
+
+def latents(folder: Path) -> Settings:
+    place = folder / "latents"  # the writer makes the folder itself
+    draw = np.random.default_rng(0)
+    card = latent_card(shape=(2, 4, 4), encoder="none", scale=1.0, flip=True)
+    with DatasetWriter(place, dataset="latents", licence="none", sources={}, card=card) as writer:
+        for shard, count in enumerate(SHARDS):
+            rows = draw.standard_normal((count, 2, 2, 4, 4)).astype(np.float16)
+            samples = [
+                {"__key__": f"{shard}{row:04d}", "lat": plain.tobytes(), "lat.flip": mirrored.tobytes()}
+                for row, (plain, mirrored) in enumerate(rows)
+            ]
+            writer.write(f"train{shard}", samples, count)
+    return {"_target_": "datamodules.latents.Latents", "train": "latents/train*.tar", "flip": True}
+
+
+def mixed_buckets(folder: Path) -> Settings:
+    parts = {"a": {"path": "train-00000[0-2].tar", "weight": 0.6}, "b": {"path": "train-00000[34].tar", "weight": 0.4}}
+    return {**buckets(folder), "train": parts}
+
+
+MODES: list[Callable[[Path], Settings]] = [
+    *(images, mixture, buckets, captions),
+    *(concat, pack, padded, mixed_rows, latents, mixed_buckets),
+]
 WRITTEN = [concat, pack, padded]
 
 
@@ -151,7 +186,7 @@ def once_per_epoch(keys: list[str], expected: list[str]) -> None:
         assert max(Counter(part).values()) == 1, f"repeated within epoch {begin // len(expected)}"
 
 
-@pytest.mark.parametrize("mode", [images, captions])
+@pytest.mark.parametrize("mode", [images, captions, latents])
 def test_ideal_has_each_sample_once_per_epoch(mode: Callable[[Path], Settings], tmp_path: Path) -> None:
     settings = made(mode, tmp_path)
     keys = [key for batch in ideal(settings, 10) for key in batch["key"]]
@@ -258,6 +293,8 @@ LONG: list[tuple[Callable[[Path], Settings], Attempts]] = [
     (concat, [(4, 1, 3), (1, 4, 4), (3, 0, 1)]),
     (pack, [(2, 0, 1), (3, 1, 4), (4, 4, 3)]),
     (padded, [(1, 1, 2), (4, 1, 1)]),
+    (mixed_rows, [(2, 4, 2), (1, 1, 6), (3, 0, 4)]),
+    (latents, [(4, 0, 3), (2, 1, 6), (3, 4, 1)]),
 ]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from datamodules.buckets import BucketOrder, Buckets
 from datamodules.mixture import Mixed
-from datamodules.order import Ints, Order
+from datamodules.order import InOrder, Ints, Order
 
 BUCKETS = Buckets(64, 8, ["1:1", "3:2", "2:3", "2:1"])
 SHAPES = np.array([[64, 64], [56, 80], [90, 60], [40, 90], [0, 0]])
@@ -149,3 +149,8 @@ def test_the_meaning_names_the_shapes_and_the_update() -> None:
     assert lookup.meaning() == {"seed": 1, "window": 2, "buckets": "64x64,48x88", "batch_size": 2}
     with pytest.raises(AssertionError, match="2 updates"):
         lookup.bucket(np.array([1, 2]))
+
+
+def test_only_orders_can_be_bucketed() -> None:
+    with pytest.raises(ValueError, match=r"Remove data\.buckets"):
+        BucketOrder(Mixed([InOrder(3)], [1]), BUCKETS, lambda _: SHAPES[:3], 2)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 
 from datamodules.images import Images
+from datamodules.loader import SizedLoader
 from datamodules.transforms import decode_into
 from tests.tars import picture, png, sample, write_set, write_tar
 
@@ -352,3 +354,68 @@ def test_lightning_trains_resumes_and_joins_the_threads(root: Path, tmp_path: Pa
     assert len(whole) == 9 * 12
     assert first + second == whole
     assert not reader_threads() - before
+
+
+def mixture(root: Path, kind: str, first: float, second: float, **options: Any) -> Images:
+    parts = {"old": {"path": "train-*.tar", kind: first}, "new": {"path": "val-*.tar", kind: second}}
+    return images(root, train=parts, val=None, **options)
+
+
+def test_mixtures_keep_their_shares_and_continue_exactly(root: Path) -> None:
+    data = attach(mixture(root, "weight", 0.75, 0.25), seen=48)
+    whole = [key for batch in keys(mixture(root, "weight", 0.75, 0.25), 16) for key in batch]
+    for update in range(16):
+        assert sum(key.startswith("old/train") for key in whole[12 * update : 12 * update + 12]) == 9
+    assert data.describe()["samples"] == 24 + 9
+    assert data.describe()["mixture"] == "old, new"
+    health = data.health()
+    assert (health["data/share_old"], health["data/share_new"]) == (0.75, 0.25)
+    assert (health["data/epoch_old"], health["data/epoch_new"]) == (36 / 24, 12 / 9)
+    state = data.state_dict()
+    assert state["next_key"] == whole[48]
+    parts = [attach(mixture(root, "weight", 3, 1, workers=rank), rank, 2, seen=48) for rank in range(2)]
+    for part in parts:
+        part.load_state_dict(state)
+    streams = [keys(part, 12) for part in parts]
+    assert [key for pieces in zip(*streams, strict=True) for piece in pieces for key in piece] == whole[48:]
+    with pytest.raises(ValueError, match=r"data\.shares was 3:1, is 1:1"):
+        mixture(root, "weight", 1, 1).load_state_dict(state)
+    repeated = Counter(key for batch in keys(mixture(root, "repeat", 1, 4, batch_size=10), 6) for key in batch)
+    assert {key.split("/")[0]: count for key, count in repeated.items()} == {"old": 1, "new": 4}
+    assert len(repeated) == 24 + 9
+    with pytest.raises(ValueError, match=r"data\.train\.a=\{'weight': 1\}: a source of a mixture has a path and"):
+        images(root, train={"a": {"weight": 1}})
+
+
+def test_columns_join_the_samples(root: Path) -> None:
+    (root / "classes").mkdir()
+    for shard, (first, last) in enumerate(((0, 6), (6, 11), (11, 18), (18, 24))):
+        write_tar(root / f"train-{shard:06d}.tar", {f"train{i:05d}": sample(i) for i in range(first, last)})
+        content = {f"train{i:05d}": {"cls": str(9 - i % 10).encode()} for i in range(first, last)}
+        write_tar(root / "classes" / f"train-{shard:06d}.tar", content)
+    data = images(root, val=None, columns=["classes"])
+    batch = next(iter(data.train_dataloader()))
+    assert batch["label"].tolist() == [9 - int(key[-5:]) % 10 for key in batch["key"]]
+    assert data.describe()["columns"] == "classes"
+
+
+def test_a_key_that_nobody_can_tell_is_no_contradiction(root: Path) -> None:
+    data = attach(images(root), seen=12)
+    state = data.state_dict()
+    data.teardown()
+    for path in root.glob("train-*.tar"):
+        path.rename(path.with_suffix(".away"))
+    assert data.state_dict()["next_key"].startswith("#")  # a checkpoint is written all the same
+    for path in root.glob("train-*.away"):
+        path.rename(path.with_suffix(".tar"))
+    images(root).load_state_dict({**state, "next_key": "#3"})
+
+
+def test_reader_threads_compute_with_one_core_each() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert set(SizedLoader(list(range(9)), lambda number: torch.get_num_threads(), workers=2)) == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

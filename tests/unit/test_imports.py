@@ -38,7 +38,7 @@ def layer(path: Path) -> Layer:
         lazily = {"sklearn", "datasets", "pyarrow"}  # by the functions that need them
         return Layer(others | lazily, ("datamodules",))
     if top == "callbacks":
-        others = TRAINING | {"PIL", "rich", "tensorboard"}
+        others = TRAINING | {"PIL", "rich", "tensorboard", "yaml", "mauve"}
         return Layer(others, ("callbacks", "lightningmodules.base", "lightningmodules.shared"))
     if top == "experiments":
         return Layer(set(), ())

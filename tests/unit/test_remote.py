@@ -293,6 +293,10 @@ def test_addresses(tmp_path: Path) -> None:
     assert download._address("s3://b/a b.tar") == "pipe:aws s3 cp 's3://b/a b.tar' -"
     with pytest.raises(ValueError, match=r"addresses cannot have wildcards.*Write ranges"):
         open_source("https://h/train-*.tar", tmp_path, "data.train")
+    with pytest.raises(
+        ValueError, match=r"data.train='abc://h/a.tar': abc:// is not known; expected one of ais, ftps,"
+    ):
+        open_source("abc://h/a.tar", tmp_path, "data.train")
     with pytest.raises(ValueError, match=r"data.train mixes addresses \(https://h/a.tar\) with files \(b.tar\)"):
         open_source(["https://h/a.tar", "b.tar"], tmp_path, "data.train")
 

@@ -222,6 +222,8 @@ def test_index_file_beside_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert made.name == "a.tar.idx.npz"
     before = made.read_bytes()
     assert tarindex.write_sidecar(path, scan(path), {"shape": shape}).read_bytes() == before
+    index = tarindex.load(path)
+    assert (index.keys.nbytes + index.offsets.nbytes + index.sizes.nbytes) / len(index) == 1 + 2 * 12
     with monkeypatch.context() as patch:
         patch.setattr(tarindex, "scan_open", None)
         shards = ShardSet([path], "data.train")

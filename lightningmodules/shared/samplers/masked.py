@@ -322,7 +322,7 @@ def best(scores: Tensor, eligible: Tensor, number: Tensor) -> Tensor:
     Returns:
         (n, L) bool; of equal scores the first ones.
     """
-    keys = torch.where(eligible, scores.clamp(min=-1e300), -torch.inf)  # an eligible -inf still comes before the others
+    keys = torch.where(eligible, scores.clamp(min=torch.finfo(scores.dtype).min), -torch.inf)  # these come last
     ranks = keys.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return eligible & (ranks < number.unsqueeze(1))
 
