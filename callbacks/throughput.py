@@ -194,6 +194,8 @@ def _bottleneck(streak: _Streak, now: dict[str, float], workers: int) -> str:
             f"{begin} The {workers} reader threads were idle {1 - load:.0%} of it, so the bottleneck is the transfer of"
             " batches to the device, or callbacks between updates."
         )
+    if "reading" not in now:
+        return f"{begin} The bottleneck is reading and preparing batches. Set data.workers={2 * workers}."
     if reading > busy / 2:
         return (
             f"{begin} The bottleneck is reading: {reading / busy:.0%} of the reader threads' time. Put the shards on a"

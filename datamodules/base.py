@@ -30,7 +30,8 @@ class ShardData(L.LightningDataModule):
 
     An item is what stands at one position of the training sequence: a sample, or a row of tokens. Update s trains on
     the positions [s*G, (s+1)*G) of one endless sequence that depends on settings, seed and shard list only, so ranks,
-    workers and micro-batches may change from one start to the next. The whole state is one integer.
+    workers and micro-batches may change from one start to the next. The whole state is one integer. Memory holds at
+    most 3 * workers + 2 batches of each kind, two shuffle windows of sample numbers, and the indices of two windows.
 
     A concrete module passes its keyword arguments on and fills in:
 
@@ -272,12 +273,13 @@ class ShardData(L.LightningDataModule):
         """Seconds that the reader threads together have spent on training batches, to find out what is slow.
 
         Returns:
-            "busy": in all; "reading": of these on getting bytes, the rest being work on them.
+            "busy": in all; "reading": of these on getting bytes, where the reader tells them from work on the bytes.
         """
         if self._feeding is None:
-            return {"busy": 0.0, "reading": 0.0}
+            return {}
         loader, reader = self._feeding
-        return {"busy": loader.busy, "reading": float(getattr(reader, "reading", 0.0))}
+        reading = getattr(reader, "reading", None)
+        return {"busy": loader.busy, **({} if reading is None else {"reading": reading})}
 
     def state_dict(self) -> dict[str, Any]:
         """Position and everything that gives it its meaning; equal on all ranks."""

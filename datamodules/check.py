@@ -129,7 +129,7 @@ class _ShardCheck:
             decoded = self._check_samples(index)
             return _ShardReport(self.problems, survey.facts(self.path, index, labels, shapes), decoded, index.keys)
         except FileNotFoundError:
-            self._add("", f"listed in {catalogue.FILE_NAME}, but missing")
+            self._add("", f"listed in {catalogue.FILE_NAME}, but missing" if self.entry else "missing")
         except OSError as error:
             self._add("", f"cannot be read ({error.strerror or error})")
         return _ShardReport(self.problems, Facts(), 0, empty)

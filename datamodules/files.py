@@ -10,7 +10,7 @@ from datamodules.catalogue import ShardEntry
 from datamodules.order import Ints
 from datamodules.tarindex import TarIndex
 
-_MEASURED_SHARDS = 2000  # with more shards than this, sizes are compared with index.json as the shards are opened
+_COMPARED_SHARDS = 2000  # with more shards than this, sizes are compared with index.json as the shards are opened
 
 
 class Files(Protocol):
@@ -85,7 +85,7 @@ class LocalFiles:
         listed = {folder: catalogue.read(folder) for folder in {path.parent for path in self.paths}}
         self.cards = [index.card for index in listed.values() if index]
         self.entries = [index.shards.get(path.name) if (index := listed[path.parent]) else None for path in self.paths]
-        few = len(self.paths) <= _MEASURED_SHARDS
+        few = len(self.paths) <= _COMPARED_SHARDS
         self.sizes = [
             path.stat().st_size if few or entry is None else entry.bytes
             for path, entry in zip(self.paths, self.entries, strict=True)

@@ -84,7 +84,8 @@ class ImageFolder:
 
     def sizes(self, shard: int, extension: str) -> Ints:
         """Bytes of every file with this extension, 0 for the others and for what has gone; int64 (n,)."""
-        return np.array([self._size(name) if _kind(name) == extension else 0 for name in self.files], dtype=np.int64)
+        sizes = [self._stat(name)[0] if _kind(name) == extension else 0 for name in self.files]
+        return np.array(sizes, dtype=np.int64)
 
     def described(self, name: str) -> dict[str, Any]:
         """Nothing: a folder of images has no card."""
@@ -93,8 +94,8 @@ class ImageFolder:
     def measured(self, shard: int, name: str, measure: Measure, width: int) -> Ints:
         """Numbers about every image, int64 (n, width): from the cache while no file changes, else measured once."""
         count = len(self.files)
-        stats = [(self.root / file).stat() for file in self.files if (self.root / file).exists()]
-        total, newest = sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
+        stats = [self._stat(file) for file in self.files]
+        total, newest = sum(size for size, _ in stats), max(changed for _, changed in stats)
         known_as = f"{self.root.absolute()}\0{self.fingerprint}\0{total}\0{newest}"
         kept = tarindex.cache_file(known_as, name)
         table = tarindex.read_measured(kept, total, name, (count, width))
@@ -109,13 +110,12 @@ class ImageFolder:
         Raises:
             BadSample: a file is missing, unreadable or of another size; ``row`` says which.
         """
-        count, size = out.shape
-        begins = np.zeros(count, dtype=np.int64)
+        size = out.shape[1]
         for row, data in enumerate(self._contents(samples, extension)):
             if len(data) != size:
                 where = self.root / self.files[int(samples[row])]
                 raise BadSample(f"{where}: it has {len(data)} bytes, expected {size}", row=row)
-        self.pieces(samples, extension, begins, begins + size, out, np.arange(count, dtype=np.int64) * size)
+            out[row] = np.frombuffer(data, dtype=np.uint8)
 
     def pieces(self, samples: Ints, extension: str, begins: Ints, lengths: Ints, out: Bytes, at: Ints) -> None:
         """Copy a part of each of several files to places in ``out``.
@@ -147,11 +147,13 @@ class ImageFolder:
                 raise BadSample(f"{self.root / self.files[sample]}: it is no .{extension} file", row=row)
             yield members[extension]
 
-    def _size(self, name: str) -> int:
+    def _stat(self, name: str) -> tuple[int, int]:
+        """Bytes and time of change of a file; zeros if it has gone."""
         try:
-            return (self.root / name).stat().st_size
+            stat = (self.root / name).stat()
         except OSError:
-            return 0
+            return 0, 0
+        return stat.st_size, stat.st_mtime_ns
 
 
 def _kind(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from webdataset.shardlists import expand_urls
 
 from datamodules import catalogue, tarindex
 from datamodules.catalogue import Catalogue, ShardEntry
@@ -72,7 +73,7 @@ class Facts:
 
 
 def find(path: Path) -> list[Path]:
-    """Shards that a path names: a folder, a shard, or a pattern; those that index.json lists and that are missing too.
+    """Shards that a path names: a folder, a shard, or a pattern; also missing ones that index.json or braces name.
 
     Raises:
         ValueError: there is none.
@@ -80,6 +81,8 @@ def find(path: Path) -> list[Path]:
     if path.is_dir():
         listed = catalogue.read(path)
         found = {*path.glob("*.tar"), *(path / name for name in (listed.shards if listed else ()))}
+    elif "{" in str(path):
+        found = _named_by_braces(str(path))
     elif has_magic(str(path)):
         found = {Path(name) for name in glob(str(path))}
     else:
@@ -90,6 +93,14 @@ def find(path: Path) -> list[Path]:
             f"{told}. Type a folder of shards (.tar), one shard, or a quoted pattern such as 'x/val-*.tar'."
         )
     return sorted(found)
+
+
+def _named_by_braces(pattern: str) -> set[Path]:
+    try:
+        found = {Path(name) for name in expand_urls(pattern)}
+    except ValueError as error:
+        raise ValueError(f"{pattern}: {error}. Write ranges as in 'x/train-{{000000..001023}}.tar'.") from error
+    return found if any(path.is_file() for path in found) else set()
 
 
 def entries(paths: Sequence[Path]) -> dict[Path, ShardEntry | None]:

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from datamodules.base import ShardData
 from datamodules.members import keys_of
 from datamodules.mixture import shares_of
 from datamodules.order import Ints, Meaning, Order
-from datamodules.packing import MODES, MixedRows, Pieces, Rows
+from datamodules.packing import MODES, MixedRows, Pieces, RowLookup, Rows
 from datamodules.source import Source
+from datamodules.textrows import Lengths, ShuffledRows, TextRows
 from datamodules.tokenizers import TEXT_MEMBERS, Tokenizer
 from datamodules.tokenreader import Documents, RawText, RowLayout, StoredTokens, TokenReader
 
@@ -32,8 +32,9 @@ class Text(ShardData):
     document, from which block-diagonal attention and its positions follow; with classes "label" int64 (B,).
 
     A document that cannot be read, or is not utf-8, leaves its places invalid. Raw text is tokenised once as a whole
-    before the first start, to count its tokens (bytes and mode "padded" of bytes need no counting); the counts are kept
-    in the cache folder. From about a gigabyte on, store tokens instead. Up to four bytes per document stay in memory.
+    before the first start, to count its tokens (bytes need no counting); the counts are kept in the cache folder. From
+    about a gigabyte on, store tokens instead. Memory: up to four bytes per document of the set, and 64 MiB of raw
+    documents that go on in later rows.
 
     Args:
         root: folder that relative names start from.
@@ -44,8 +45,8 @@ class Text(ShardData):
         source: called with ``root`` before anything is read, to make the shards if they are not there.
         tokenizer: turns text into tokens, see :mod:`datamodules.tokenizers`.
         length: T, tokens per row.
-        mode: "concat" joins documents and cuts the stream into rows; "pack" lays whole documents into rows, best fit
-            first; "padded" has one document per row, cut off at T.
+        mode: "concat" joins documents, cuts the stream into rows and shuffles these; "pack" lays whole documents into
+            rows, best fit first; "padded" has one document per row, cut off at T.
         member: which member of a sample is the document: "txt", "py" or another name for text, "tok" for stored tokens.
         add_eos: put the tokenizer's end mark behind every document.
         wrap: begin every row with the tokenizer's bos and end its content with eos; both count for ``length``. In mode
@@ -136,22 +137,22 @@ class Text(ShardData):
 
     # The sequence
 
-    def sequence(self, source: Source, number: int) -> Rows:
-        """Rows of one source, its documents in shuffled order."""
-        order = Order(source.counts, self.seed, self.window, source=number)
-        return self._rows(source, order)
+    def sequence(self, source: Source, number: int) -> RowLookup:
+        """Rows of one source, its documents in shuffled order, and the rows, too."""
+        rows = self._rows(source, Order(source.counts, self.seed, self.window, source=number))
+        return ShuffledRows(rows) if self.mode == "concat" else rows
 
-    def mixed(self, sequences: list[Any], parts: Mapping[str, Mapping[str, Any]]) -> MixedRows[Rows]:
+    def mixed(self, sequences: list[Any], parts: Mapping[str, Mapping[str, Any]]) -> MixedRows[RowLookup]:
         """Rows of several sources; a row never mixes them."""
         return MixedRows(sequences, shares_of(parts, [rows.content for rows in sequences]))
 
-    def arrange(self, lookup: Rows | MixedRows[Rows]) -> "_Sequence":
+    def arrange(self, lookup: RowLookup) -> TextRows:
         """The training sequence, which the layout of rows gives its meaning, too."""
-        return _Sequence(lookup, self._meant())
+        return TextRows(lookup, self._meant())
 
-    def held_out(self, source: Source) -> "_Sequence":
+    def held_out(self, source: Source) -> TextRows:
         """Rows in which every token stands once: an order of its own, which no setting changes, and no second epoch."""
-        return _Sequence(self._rows(source, Order(source.counts, seed=0, window=1)), self._meant(), epochs=1)
+        return TextRows(self._rows(source, Order(source.counts, seed=0, window=1)), self._meant(), epochs=1)
 
     def upcoming(self, positions: Ints) -> Ints:
         """Documents of the rows at about these positions."""
@@ -175,7 +176,7 @@ class Text(ShardData):
 
     # Reading
 
-    def reader(self, split: str, lookup: "_Sequence", training: bool) -> TokenReader:
+    def reader(self, split: str, lookup: TextRows, training: bool) -> TokenReader:
         """A reader of the split's rows."""
         source = self.source_of(split)
         return TokenReader(
@@ -237,7 +238,8 @@ class Text(ShardData):
     # Details
 
     def _rows(self, source: Source, order: Order) -> Rows:
-        return Rows(order, _Lengths(source, self._documents(source), self.layout), self.layout.room, self.mode)
+        lengths = Lengths(source, self._documents(source), self.layout)
+        return Rows(order, lengths, self.layout.room, self.mode)
 
     def _documents(self, source: Source) -> Documents:
         if self.member == TOKENS:
@@ -259,56 +261,6 @@ class Text(ShardData):
             "wrap": self.wrap,
             "tokenizer": self.tokenizer.fingerprint,
         }
-
-
-class _Lengths:
-    """Places that every document of a shard takes, remembered: a shard that goes later must not move the others.
-
-    One to four bytes per document of the whole set.
-    """
-
-    def __init__(self, source: Source, documents: Documents, layout: RowLayout) -> None:
-        self._source = source
-        self._documents = documents
-        self._layout = layout
-        self._kept: dict[int, NDArray[Any]] = {}
-
-    def __call__(self, shard: int) -> Ints:
-        found = self._kept.get(shard)
-        if found is None:
-            found = self._layout.tokens(self._documents.lengths(self._source, shard))
-            self._kept[shard] = found = found.astype(np.min_scalar_type(int(found.max(initial=0))))
-        return found.astype(np.int64)
-
-
-class _Sequence:
-    """Rows with more settings to their meaning, and an end where they have one.
-
-    Args:
-        rows: the rows.
-        meant: settings that give a row its meaning, beside those of ``rows``.
-        epochs: how many epochs there are; None for no end. What a last row would take from the next one is left out.
-    """
-
-    def __init__(self, rows: Rows | MixedRows[Rows], meant: Meaning, epochs: int | None = None) -> None:
-        self._rows = rows
-        self._meant = meant
-        self._epochs = epochs
-
-    def __call__(self, positions: Ints) -> Pieces:
-        """What stands in the rows at some positions, int64 (n,)."""
-        pieces = self._rows(positions)
-        if self._epochs is None:
-            return pieces
-        return Pieces(*(column[pieces.epoch < self._epochs] for column in pieces))
-
-    def length(self) -> int:
-        """Rows per epoch."""
-        return self._rows.length()
-
-    def meaning(self) -> Meaning:
-        """What defines the rows; the size of an epoch among it, which tells when documents were lost before a start."""
-        return {**self._rows.meaning(), **self._meant, "content": self._rows.content}
 
 
 def token_type(source: Source, tokenizer: Tokenizer, setting: str) -> np.dtype[Any]:

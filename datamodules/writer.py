@@ -228,7 +228,7 @@ class _HashingFile(io.RawIOBase):
         self.digest = hashlib.sha256()
         self.size = 0
 
-    def write(self, data: bytes) -> int:  # type: ignore[override]
+    def write(self, data: Any, /) -> int:
         """Append and hash."""
         self.digest.update(data)
         self.size += len(data)

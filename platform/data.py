@@ -34,8 +34,11 @@ def run(args: argparse.Namespace) -> int:
     """
     actions = {"pack": _pack, "check": _check, "show": _show, "stats": _stats, "index": _index}
     logging.captureWarnings(True)  # decoders warn about files that are refused or reported anyway
-    with Bar() as bar:
-        return actions[args.action](args, bar)
+    try:
+        with Bar() as bar:
+            return actions[args.action](args, bar)
+    finally:
+        logging.captureWarnings(False)
 
 
 class Bar:

@@ -54,6 +54,7 @@ VOLATILE = (
     "trainer.log_every",
     "data.root",
     "data.workers",
+    "data.cache_gib",
     "data.micro_batch",
     "checkpoints",
     "callbacks.progress",

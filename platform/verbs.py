@@ -230,9 +230,18 @@ def _evaluate(parser: Parser) -> None:
 
 
 def _prepare(parser: Parser) -> None:
-    _experiment_words(parser)
-    parser.usage = f"{parser.prog} EXPERIMENT [KEY=VALUE ...] [options]"
+    from platform import prepareverb  # as with data
+
+    _words(parser, "an experiment and its settings; or latents or text-features, shards, and the folder to write")
     _tiny(parser)
+    prepareverb.arguments(parser)
+
+
+def _prepare_finish(parser: Parser, args: argparse.Namespace) -> None:
+    from platform import prepareverb
+
+    if not prepareverb.finish(parser, args):
+        _experiment_needed(parser, args)
 
 
 def _verify(parser: Parser) -> None:
@@ -316,10 +325,10 @@ VERBS: dict[str, Verb] = {
         _only_settings,
     ),
     "prepare": Verb(
-        "Build the data of an experiment in the cache folder, without training.",
-        "prepare quickstart",
+        "Build the data of an experiment without training, or encode shards as latents or text features.",
+        "prepare latents photo-shards photo-latents --encoder vae --size 256",
         _prepare,
-        _experiment_needed,
+        _prepare_finish,
     ),
     "data": Verb(
         "Pack files into shards, check them, and look at them.",

@@ -178,9 +178,9 @@ def folder_usual(folder: Path, size: int, count: int) -> "DataLoader[Any]":
     return DataLoader(Subset(data, range(0, len(data), len(data) // count)), BATCH, shuffle=True)
 
 
-def folder_fast(folder: Path, size: int) -> "DataLoader[Any]":
-    """A whole ImageFolder with our decoder in a DataLoader."""
-    return DataLoader(_Folder(folder, Fast(size), True), BATCH, shuffle=True)
+def folder_fast(folder: Path, size: int, workers: int) -> "DataLoader[Any]":
+    """A whole ImageFolder with our decoder in a DataLoader with so many processes."""
+    return DataLoader(_Folder(folder, Fast(size), True), BATCH, shuffle=True, num_workers=workers)
 
 
 def in_processes(batches: Any, workers: int) -> "DataLoader[Any]":

@@ -59,6 +59,10 @@ class CaptionTable(Inputs):
         """File and row; a file may stand in several rows."""
         return f"{self._rows[number].get(self._file, '')}#{number + 1}"
 
+    def mark(self, number: int) -> object:
+        """The row, and the size of the file."""
+        return self._rows[number], self._root.size(self._rows[number].get(self._file, ""))
+
     def group(self, number: int) -> str:
         """The file: captions of one image are not spread over two splits."""
         return self._rows[number].get(self._file, "")

@@ -56,6 +56,11 @@ class EdmZip(Inputs):
         """Name in the zip."""
         return self._members[number].filename
 
+    def mark(self, number: int) -> object:
+        """Class, and the checksum that the zip lists."""
+        member = self._members[number]
+        return (self._labels or {}).get(member.filename), member.CRC
+
     def read(self, number: int) -> Item:
         """Bytes of the file, and its class."""
         member = self._members[number]

@@ -91,6 +91,10 @@ class Inputs(ABC):
         """Split that the source itself puts an input in: "train", "val", "test", or empty."""
         return ""
 
+    @abstractmethod
+    def mark(self, number: int) -> object:
+        """Something that changes, as a rule, when the input changes, and can be told without reading it all."""
+
     def group(self, number: int) -> str:
         """Inputs of one group stay in one split."""
         return self.name(number)
@@ -104,10 +108,11 @@ class Inputs(ABC):
         """
 
     def identity(self) -> str:
-        """Hash over the names, to notice that a source has changed since a pack was begun."""
+        """Hash over names and marks, to notice that a source has changed; the same for a copy of it elsewhere."""
         digest = hashlib.sha256(self.kind.encode())
         for number in range(len(self)):
-            digest.update(self.name(number).encode("utf-8", "surrogateescape") + b"\0")
+            text = f"{self.name(number)}\0{self.mark(number)}\0"
+            digest.update(text.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:32]
 
     def close(self) -> None:  # noqa: B027 - most kinds keep nothing open
@@ -141,6 +146,13 @@ class Folder:
             self.files += [prefix + name for name in names]
         self.files.sort()
         self.refused.sort(key=lambda pair: pair[0])
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; -1 where it has none that could be told."""
+        try:
+            return os.stat(self.root / name).st_size
+        except (OSError, ValueError):
+            return -1
 
     def _unreadable(self, error: OSError) -> None:
         name = os.path.relpath(str(error.filename), self.root)

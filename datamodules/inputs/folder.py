@@ -44,6 +44,10 @@ class ImageFolder(Inputs):
         """Path relative to the folder."""
         return self._folder.files[number]
 
+    def mark(self, number: int) -> int:
+        """Size of the file."""
+        return self._folder.size(self.name(number))
+
     def part(self, number: int) -> str:
         """Meaning of the first folder if all first folders are names of splits."""
         return SPLITS[self.name(number).partition("/")[0]] if self._split else ""

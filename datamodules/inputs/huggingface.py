@@ -31,6 +31,7 @@ class HuggingFace(Inputs):
         self._lock = threading.Lock()
         loaded = _load(source)
         self._splits: dict[str, Any] = dict(loaded) if isinstance(loaded, dict) else {"": loaded}
+        self._fingerprints = {split: getattr(rows, "_fingerprint", "") for split, rows in self._splits.items()}
         features = next(iter(self._splits.values())).features
         self._columns = _Columns(features, choices.text_field, source)
         self.member = "image" if self._columns.image else "txt"
@@ -50,6 +51,10 @@ class HuggingFace(Inputs):
         """Split and row."""
         split, row = self._rows[number]
         return f"{split or 'row'}#{row}"
+
+    def mark(self, number: int) -> object:
+        """The library's own fingerprint of the split."""
+        return self._fingerprints[self._rows[number][0]]
 
     def part(self, number: int) -> str:
         """The data set's own split."""

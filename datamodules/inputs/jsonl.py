@@ -45,6 +45,10 @@ class JsonLines(Inputs):
         """File and line."""
         return self._lines.name(number)
 
+    def mark(self, number: int) -> int:
+        """Length of the line."""
+        return self._lines.length(number)
+
     def read(self, number: int) -> Item:
         """The field's text."""
         line = self._lines.read(number, self._max_bytes)

@@ -51,6 +51,11 @@ class Lines:
         file, line = self._locate(number)
         return f"{self.files[file]}#{line + 1}"
 
+    def length(self, number: int) -> int:
+        """Bytes of a line with its end."""
+        file, line = self._locate(number)
+        return int(self._offsets[file][line + 1] - self._offsets[file][line])
+
     def read(self, number: int, max_bytes: int) -> bytes:
         """A line without its end.
 

@@ -53,6 +53,10 @@ class TextFiles(Inputs):
         """Path relative to the folder, with the line."""
         return self._names[number] if self._lines is None else self._lines.name(number)
 
+    def mark(self, number: int) -> int:
+        """Size of the document."""
+        return self._root.size(self._names[number]) if self._lines is None else self._lines.length(number)
+
     def read(self, number: int) -> Item:
         """Bytes of the document."""
         if self._lines is not None:

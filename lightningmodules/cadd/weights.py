@@ -197,7 +197,10 @@ class _Inert:
                 return super().find_class(module, name)
             return _Placeholder
 
-    load = staticmethod(pickle.load)
+    @classmethod
+    def load(cls, file: Any, **options: Any) -> Any:
+        """What ``pickle.load`` does, with the unpickler above; files of old formats are read by it."""
+        return cls.Unpickler(file, **options).load()
 
 
 _HARMLESS = {

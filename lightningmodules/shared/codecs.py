@@ -122,19 +122,40 @@ HOLE = "\u2591"  # stands for a token that is not drawn yet
 
 
 class Tokens:
-    """Rows of tokens as they are; the mask of a diffusion model is one more token unless the tokenizer has one.
+    """Rows of tokens as they are; the mask of a diffusion model is one more token unless the vocabulary has one.
 
     Args:
-        tokenizer: turns tokens into text; ``size`` is the vocabulary, ``mask`` (if there) the mask's number.
+        tokenizer: turns tokens into text; its ``size`` is the vocabulary.
         length: tokens per row, >= 1.
+        vocabulary: that size, so that it is known without reading the tokenizer; null takes it from there.
+        mask: number of the vocabulary's own mask token; null for none.
+
+    Raises:
+        ValueError: the length is no length.
     """
 
-    def __init__(self, tokenizer: Tokenizer, length: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, length: int, *, vocabulary: int | None = None, mask: int | None = None
+    ) -> None:
         if length < 1:
             raise ValueError(f"codec.length={length}: expected at least one token per row. Set data.length, e.g. 128.")
-        self.tokenizer, self.length, self.vocabulary = tokenizer, length, tokenizer.size
-        mask = getattr(tokenizer, "mask", None)
-        self.mask_id: int = tokenizer.size if mask is None else mask
+        self.tokenizer, self.length = tokenizer, length
+        self.vocabulary: int = tokenizer.size if vocabulary is None else vocabulary
+        self.mask_id: int = self.vocabulary if mask is None else mask
+        self._checked = vocabulary is None
+
+    def check(self) -> None:
+        """Insist that the tokenizer has the stated size, once.
+
+        Raises:
+            ValueError: it has another.
+        """
+        if not self._checked and self.tokenizer.size != self.vocabulary:
+            raise ValueError(
+                f"module.codec.vocabulary={self.vocabulary}, but data.tokenizer has {self.tokenizer.size} tokens. Set"
+                " the one or the other; weights fit only the tokenizer they were trained with."
+            )
+        self._checked = True
 
     @property
     def shape(self) -> tuple[int]:
@@ -150,6 +171,7 @@ class Tokens:
         Raises:
             ValueError: the rows have another length, or hold a token the tokenizer does not have (checked on the CPU).
         """
+        self.check()
         tokens: Tensor = batch["tokens"]
         if tuple(tokens.shape[1:]) != self.shape:
             raise ValueError(
@@ -162,6 +184,7 @@ class Tokens:
 
     def decode(self, x: Tensor) -> Any:
         """Text of rows (B, length), list of B strings; tokens beyond the vocabulary are shown as one light block."""
+        self.check()
         return [self._text(row) for row in x.tolist()]
 
     def _text(self, row: list[int]) -> str:
@@ -238,6 +261,7 @@ class Latents:
             from seed 0, which is of use in tests only.
         pixels: between the pictures' uint8 and [-1, 1]; None for photographs with 256 levels.
         rows: pictures encoded or decoded at a time, which bounds memory.
+        any_shape: take latents of other heights and widths as well (batches of one aspect ratio each).
     """
 
     def __init__(
@@ -250,6 +274,7 @@ class Latents:
         weights: str | None = None,
         pixels: Pixels | None = None,
         rows: int = 16,
+        any_shape: bool = False,
     ) -> None:
         if size < 1 or channels < 1 or rows < 1 or not scale > 0:
             raise ValueError(
@@ -257,7 +282,7 @@ class Latents:
                 " Stable Diffusion at 256 pixels: size=32 channels=4 scale=0.18215."
             )
         self.size, self.channels, self.scale, self.shift, self.rows = size, channels, scale, shift, rows
-        self._make, self.weights, self._pixels = autoencoder, weights, pixels
+        self._make, self.weights, self._pixels, self.any_shape = autoencoder, weights, pixels, any_shape
         self._net: AutoencoderKL | None = None
         self._device = torch.device("cpu")
 
@@ -317,20 +342,19 @@ class Latents:
         Returns:
             (B, channels, h, w) float32 each.
         """
-        x = self.pixels.encode({"image": images})
+        x = images.float() * (2.0 / self.white) - 1.0
         net = self._on(x.device)
         parts = [net.encode(chunk) for chunk in x.split(self.rows)]
         return torch.cat([mean for mean, _ in parts]), torch.cat([logvar for _, logvar in parts])
 
-    def encode(self, batch: Batch, noise: Tensor | None = None) -> Tensor:
-        """A draw of the latents.
+    def distribution(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of a batch's latents, neither scaled nor shifted.
 
         Args:
             batch: "latent", (B, 2 channels, size, size): mean and log-variance; without it "image", which is encoded.
-            noise: standard normal, (B, channels, size, size); None takes the means.
 
         Returns:
-            (B, channels, size, size) float32, shifted and scaled.
+            (B, channels, size, size) float32 each.
 
         Raises:
             ValueError: neither is there, or the latents are of another shape.
@@ -344,13 +368,26 @@ class Latents:
                 f"module.codec needs latents or pictures; the data gives {sorted(batch)}. Point data at shards of"
                 " latents (python -m platform prepare latents) or of pictures."
             )
-        if tuple(mean.shape[1:]) != self.shape:
+        if tuple(mean.shape[1:]) != self.shape and not (self.any_shape and mean.shape[1] == self.channels):
             raise ValueError(
                 f"The data holds latents of shape {tuple(mean.shape[1:])}, module.codec expects {self.shape}. Set"
                 " module.codec.size and channels, or data.size for pictures, so that they agree."
             )
+        return mean, logvar.clamp(*LOGVAR)
+
+    def encode(self, batch: Batch, noise: Tensor | None = None) -> Tensor:
+        """A draw of the latents.
+
+        Args:
+            batch: see ``distribution``.
+            noise: standard normal, (B, channels, size, size); None takes the means.
+
+        Returns:
+            (B, channels, size, size) float32, shifted and scaled.
+        """
+        mean, logvar = self.distribution(batch)
         if noise is not None:
-            mean = mean + torch.exp(0.5 * logvar.clamp(*LOGVAR)) * noise
+            mean = mean + torch.exp(0.5 * logvar) * noise
         return (mean - self.shift) * self.scale
 
     @torch.no_grad()

@@ -34,14 +34,14 @@ class Classes:
             )
         return self._tokens(batch["label"])
 
-    def of_request(self, condition: Condition | None, rows: int, device: torch.device) -> Tensor:
+    def of_request(self, condition: Condition | None, rows: int, device: torch.device, ratio: str = "1:1") -> Tensor:
         """Tokens of what was asked for; no condition means no class."""
         label = None if condition is None else condition.label
         label = torch.full((rows,), NO_CLASS) if label is None else label
         return self._tokens(label.to(device))
 
-    def null(self, rows: int, device: torch.device) -> Tensor:
-        """Tokens that mean "no class"."""
+    def null(self, rows: int, device: torch.device, ratio: str = "1:1") -> Tensor:
+        """Tokens that mean "no class", whatever the picture's ratio."""
         return self._tokens(torch.full((rows,), NO_CLASS, device=device))
 
     def null_condition(self, rows: int) -> Condition:
@@ -71,11 +71,19 @@ class Captions:
         width: features per token.
         encoder: captions to features; None if they come with the data.
         class_names: caption of every class; empty where captions come with the data.
+        null_caption: what "nothing" is; ``{ratio}`` in it becomes the picture's aspect ratio, e.g. "16:9".
 
     Source: apple/ml-starflow, text encoding (last hidden state times the mask; an empty caption means "nothing").
     """
 
-    def __init__(self, length: int, width: int, encoder: TextEncoder | None, class_names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        length: int,
+        width: int,
+        encoder: TextEncoder | None,
+        class_names: Sequence[str] = (),
+        null_caption: str = "",
+    ) -> None:
         if encoder is not None and encoder.length != length:
             raise ValueError(
                 f"module.text_encoder makes {encoder.length} tokens, module.net.txt_size is {length}. Set both alike."
@@ -83,8 +91,8 @@ class Captions:
         if class_names and encoder is None:
             raise ValueError("module.class_names needs a module.text_encoder that turns them into features.")
         self.length, self.width, self.encoder, self.class_names = length, width, encoder, list(class_names)
-        self.num_classes = len(self.class_names)
-        self._table: Tensor | None = None  # features of the class names and, last, of the empty caption
+        self.num_classes, self.null_caption = len(self.class_names), null_caption
+        self._known: dict[str, Tensor] = {}  # features of the class names and of "nothing", (1, length, width) each
 
     def of_batch(self, batch: Batch) -> Tensor:
         """Features of a batch, (B, length, width)."""
@@ -99,14 +107,14 @@ class Captions:
             f" holds {sorted(batch)}. Make features with python -m platform prepare text-features."
         )
 
-    def of_request(self, condition: Condition | None, rows: int, device: torch.device) -> Tensor:
-        """Features of what was asked for; no condition means the empty caption."""
+    def of_request(self, condition: Condition | None, rows: int, device: torch.device, ratio: str = "1:1") -> Tensor:
+        """Features of what was asked for; no condition means the null caption."""
         if condition is not None and condition.text is not None:
             mask = None if condition.text_mask is None else condition.text_mask.to(device)
             return self._padded(condition.text.to(device), mask)
         if condition is not None and condition.label is not None:
             return self._named(condition.label.to(device))
-        return self.null(rows, device)
+        return self.null(rows, device, ratio)
 
     def encode(self, captions: Sequence[str], device: torch.device) -> Tensor:
         """Features of captions, (n, length, width).
@@ -118,11 +126,11 @@ class Captions:
             raise ValueError("Captions need module.text_encoder; this run was trained on stored features. Set one.")
         return self._padded(*self.encoder.encode(captions, device))
 
-    def null(self, rows: int, device: torch.device) -> Tensor:
-        """Features of the empty caption; zeros where no encoder is at hand."""
+    def null(self, rows: int, device: torch.device, ratio: str = "1:1") -> Tensor:
+        """Features of the null caption; zeros where no encoder is at hand."""
         if self.encoder is None:
             return torch.zeros(rows, self.length, self.width, device=device)
-        return self._all(device)[-1:].expand(rows, -1, -1)
+        return self._features(self.null_caption.replace("{ratio}", ratio), device).expand(rows, -1, -1)
 
     def null_condition(self, rows: int) -> Condition:
         """The empty caption, ``rows`` rows."""
@@ -137,15 +145,15 @@ class Captions:
         highest = int(label.max()) if label.device.type == "cpu" else 0
         if highest >= self.num_classes:
             raise ValueError(f"Label {highest} came, but module.class_names holds {self.num_classes} names.")
-        table = self._all(label.device)
-        return table[torch.where(label < 0, self.num_classes, label)]
+        table = [self._features(name, label.device) for name in self.class_names]
+        return torch.cat([*table, self.null(1, label.device)])[torch.where(label < 0, self.num_classes, label)]
 
-    def _all(self, device: torch.device) -> Tensor:
-        if self._table is None:
-            self._table = self.encode([*self.class_names, ""], torch.device("cpu"))
-        if self._table.device != device:
-            self._table = self._table.to(device)
-        return self._table
+    def _features(self, caption: str, device: torch.device) -> Tensor:
+        """Features of a caption that comes again and again."""
+        known = self._known.get(caption)
+        if known is None or known.device != device:
+            known = self._known[caption] = self.encode([caption], device)
+        return known
 
     def _padded(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """Cut or fill up to ``length`` tokens, with zeros where nothing is said."""

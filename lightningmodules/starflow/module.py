@@ -1,6 +1,7 @@
 """STARFlow as a room of the house: draws noise, calls the formulas, reports terms, samples and likelihoods."""
 
 import math
+import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -38,6 +39,7 @@ class StarFlow(GenerativeModule):
         latent_norm: weight of the penalty on mean squares of the data and of latents between blocks, >= 0.
         text_encoder: captions to features; None if features come with the data.
         class_names: caption of every class, for data that has classes and no captions.
+        null_caption: the caption that means "nothing"; ``{ratio}`` in it becomes the picture's aspect ratio.
 
     Source: arXiv 2506.06276; apple/ml-starflow.
     """
@@ -59,6 +61,7 @@ class StarFlow(GenerativeModule):
         latent_norm: float = 1e-4,
         text_encoder: TextEncoder | None = None,
         class_names: Sequence[str] = (),
+        null_caption: str = "",
     ) -> None:
         super().__init__(codec=codec, optimizer=optimizer, schedule=schedule, ema_decays=ema_decays)
         _check(noise_std, noise_type, condition, label_drop, latent_norm)
@@ -67,7 +70,7 @@ class StarFlow(GenerativeModule):
         self.likelihood = "exact"
         self._net, self.noise_std, self.noise_type = net, noise_std, noise_type
         self._condition, self.label_drop, self.latent_norm = condition, label_drop, latent_norm
-        self._encoder, self._names = text_encoder, class_names
+        self._encoder, self._names, self._nothing = text_encoder, class_names, null_caption
         self.told: Classes | Captions | None = None
         self.needs = frozenset({"image"} if isinstance(codec, Pixels) else ())  # type: ignore[misc]
         sizes = getattr(net, "keywords", {})
@@ -97,7 +100,7 @@ class StarFlow(GenerativeModule):
         if self._condition == "label":
             self.told = Classes(told - 1)
         elif self._condition == "text":
-            self.told = Captions(self.net.txt_size, told, self._encoder, self._names)
+            self.told = Captions(self.net.txt_size, told, self._encoder, self._names, self._nothing)
         self.num_classes = self.told.num_classes if self.told is not None else 0
 
     def averaged(self) -> dict[str, nn.Module]:
@@ -131,7 +134,8 @@ class StarFlow(GenerativeModule):
         y = None if self.told is None else self.told.of_batch(batch)
         if y is not None and self.told is not None and self.training and self.label_drop:
             dropped = torch.rand(len(y), device=y.device) < self.label_drop
-            y = torch.where(dropped.view(-1, 1, 1), self.told.null(len(y), y.device), y)
+            ratio = process.nearest_ratio(*x.shape[-2:])
+            y = torch.where(dropped.view(-1, 1, 1), self.told.null(len(y), y.device, ratio), y)
         out = self.net(x, y)
         logdet = process.log_det(out.scales)
         nll = flow.nll(out.z, logdet).mean()
@@ -145,22 +149,20 @@ class StarFlow(GenerativeModule):
 
     def _noisy(self, batch: Batch, noise: SampleNoise | None = None) -> Tensor:
         """The data as it is trained on; the noise from seeds, or from the default generators."""
-        data = batch.get("latent", batch.get("image"))
-        device = self.device if data is None else data.device
 
-        def draw(kind: str) -> Tensor:
-            shape = (0 if data is None else len(data), *self.codec.shape)
-            if noise is not None:
-                return getattr(noise, kind)(*self.codec.shape).to(device)
-            return torch.rand(shape, device=device) if kind == "uniform" else torch.randn(shape, device=device)
+        def draw(like: Tensor) -> Tensor:
+            return torch.randn_like(like) if noise is None else noise.normal(*like.shape[1:]).to(like.device)
 
         if isinstance(self.codec, Latents):
-            x = self.codec.encode(batch, draw("normal"))
+            mean, logvar = self.codec.distribution(batch)
+            x = (mean + torch.exp(0.5 * logvar) * draw(mean) - self.codec.shift) * self.codec.scale
         elif self.noise_type == "uniform":
-            return self.codec.dequantize(batch, draw("uniform"))
+            shape, device = batch["image"].shape, batch["image"].device
+            uniform = torch.rand(shape, device=device) if noise is None else noise.uniform(*shape[1:]).to(device)
+            return self.codec.dequantize(batch, uniform)
         else:
             x = self.codec.encode(batch)
-        return x + self.noise_std * draw("normal")
+        return x + self.noise_std * draw(x)
 
     def explain(self, batch: Batch) -> str | None:
         """Where a batch first leaves the finite numbers, for messages: block and token; None if it does not."""
@@ -204,12 +206,13 @@ class StarFlow(GenerativeModule):
         Returns:
             (B,) nats per sample; in pixel space density per unit of one pixel level.
         """
-        data = batch["image"] if isinstance(self.codec, Pixels) else batch.get("latent", batch.get("image"))
-        noise = SampleNoise(range(len(data)) if seeds is None else seeds, data.device)
-        pixels = isinstance(self.codec, Pixels)
-        x = self.codec.dequantize(batch, noise.uniform(*self.codec.shape)) if pixels else self._noisy(batch, noise)  # type: ignore[union-attr]
-        per_dim = self._nll(x, self._told(batch, conditional))
-        dims = math.prod(self.codec.shape)
+        rows = _rows(batch)
+        noise = SampleNoise([secrets.randbits(62) for _ in range(rows)] if seeds is None else seeds, self.device)
+        if isinstance(self.codec, Pixels):
+            x = self.codec.dequantize(batch, noise.uniform(*self.codec.shape))
+        else:
+            x = self._noisy(batch, noise)
+        per_dim, dims = self._nll(x, self._told(batch, conditional)), x[0].numel()
         if isinstance(self.codec, Pixels):
             return flow.log_prob_per_dim(per_dim, self.codec.levels) * dims
         return -(per_dim + 0.5 * math.log(2 * math.pi)) * dims
@@ -231,11 +234,10 @@ class StarFlow(GenerativeModule):
         """
         if self.told is None or self.num_classes < 2:
             raise ValueError("Only a model that knows classes, or their names, can classify; see module.condition.")
-        data = batch["image"] if isinstance(self.codec, Pixels) else batch.get("latent", batch.get("image"))
-        count, kinds = len(data), self.num_classes
-        noise = SampleNoise(range(count) if seeds is None else seeds, data.device)
-        told = self.told.of_request(Condition(label=torch.arange(kinds)), kinds, data.device)
-        total = torch.zeros(count * kinds, device=data.device)
+        count, kinds = _rows(batch), self.num_classes
+        noise = SampleNoise(range(count) if seeds is None else seeds, self.device)
+        told = self.told.of_request(Condition(label=torch.arange(kinds)), kinds, self.device)
+        total = torch.zeros(count * kinds, device=self.device)
         before = self.noise_std
         try:
             self.noise_std = before * noise_scale
@@ -243,7 +245,7 @@ class StarFlow(GenerativeModule):
                 x = self._noisy(batch, noise)
                 parts = [
                     self._nll(x[rows // kinds], told[rows % kinds])
-                    for rows in flow.chunks(self.net, len(total), flow.FORWARD_ROWS, data.device)
+                    for rows in flow.chunks(self.net, len(total), flow.FORWARD_ROWS, self.device)
                 ]
                 total -= torch.cat(parts)[: len(total)]
         finally:
@@ -255,8 +257,7 @@ class StarFlow(GenerativeModule):
             return None
         if conditional:
             return self.told.of_batch(batch)
-        rows = len(next(iter(batch.values())))
-        return self.told.null(rows, self.device)
+        return self.told.null(_rows(batch), self.device)
 
     def _nll(self, x: Tensor, y: Tensor | None) -> Tensor:
         out: FlowOutput = self.net(x, y)
@@ -289,6 +290,7 @@ class StarFlow(GenerativeModule):
         jacobi_window: int = 0,
         jacobi_tolerance: float = 1e-4,
         jacobi_blocks: str = "shallow",
+        aspect: str = "1:1",
     ) -> Tensor:
         """Draw latents (or pixels): invert the flow on prior noise, then remove the training noise in one step.
 
@@ -308,21 +310,23 @@ class StarFlow(GenerativeModule):
             jacobi_window: tokens of a window that are computed in parallel; 0 goes token by token.
             jacobi_tolerance: largest change in the last pass over a window, relative to 1 + its largest value.
             jacobi_blocks: "shallow" blocks go window by window, or "all".
+            aspect: width:height of the pictures, e.g. "16:9", at about the area of the square; captions should say it
+                in the words of the training data.
 
         Returns:
-            (n, *codec.shape) float32; pixels are clipped to [-1, 1].
+            (n, *codec.shape) float32, of another height and width if ``aspect`` says so; pixels are clipped to [-1, 1].
         """
         how = Guidance(guidance, guidance_rule, guide_blocks)
         windows = Windows(jacobi_window, jacobi_tolerance, jacobi_blocks)
-        y = self._request(len(seeds), condition, denoise, attention_temperature, how)
+        size = self._size(aspect)
+        y = self._request(len(seeds), condition, denoise, attention_temperature, how, aspect)
 
         def draw(fresh: Sequence[int], rows: list[int] | None, source: Noise | None = None) -> Tensor:
-            z = self._prior(source or SampleNoise(fresh, self.device))
+            z = self._prior(source or SampleNoise(fresh, self.device), size)
             told = y if rows is None or y is None else y[rows]
-            null = self._null(told, how)
-            x = self.net.unpatchify(
-                invert(self.net, z, told, null, how, temperature=attention_temperature, windows=windows)[-1]
-            )
+            null = self._null(told, how, aspect)
+            path = invert(self.net, z, told, null, how, size=size, temperature=attention_temperature, windows=windows)
+            x = self.net.unpatchify(path[-1], size)
             return self._denoised(x, told, denoise) if denoise * self._sigma else x
 
         x = draw(seeds, None, noise)
@@ -345,6 +349,7 @@ class StarFlow(GenerativeModule):
         jacobi_window: int = 0,
         jacobi_tolerance: float = 1e-4,
         jacobi_blocks: str = "shallow",
+        aspect: str = "1:1",
     ) -> list[Tensor]:
         """The path of ``sample``, same arguments: prior noise, the output of every inverted block, the denoised end.
 
@@ -353,11 +358,12 @@ class StarFlow(GenerativeModule):
         """
         how = Guidance(guidance, guidance_rule, guide_blocks)
         windows = Windows(jacobi_window, jacobi_tolerance, jacobi_blocks)
-        y = self._request(len(seeds), condition, denoise, attention_temperature, how)
-        z = self._prior(noise or SampleNoise(seeds, self.device))
-        null = self._null(y, how)
-        path = invert(self.net, z, y, null, how, temperature=attention_temperature, windows=windows)
-        images = [self.net.unpatchify(tokens) for tokens in (z, *path)]
+        size = self._size(aspect)
+        y = self._request(len(seeds), condition, denoise, attention_temperature, how, aspect)
+        z = self._prior(noise or SampleNoise(seeds, self.device), size)
+        null = self._null(y, how, aspect)
+        path = invert(self.net, z, y, null, how, size=size, temperature=attention_temperature, windows=windows)
+        images = [self.net.unpatchify(tokens, size) for tokens in (z, *path)]
         return [*images, self._denoised(images[-1], y, denoise)] if denoise * self._sigma else images
 
     def inpaint(
@@ -388,10 +394,10 @@ class StarFlow(GenerativeModule):
                 f"iterations={iterations} must be >= 1 and the mask bool of shape (B, 1, *{self.codec.shape[1:]}); it"
                 f" is {missing.dtype} of {tuple(missing.shape)}."
             )
-        y = self._request(len(seeds), condition, denoise, 1.0, Guidance())
+        y = self._request(len(seeds), condition, denoise, 1.0, Guidance(), "1:1")
         clean, noise = self.codec.encode(batch), SampleNoise(seeds, self.device)
         known = clean + self._sigma * noise.normal(*self.codec.shape)
-        noises = [self._prior(noise) for _ in range(iterations)]
+        noises = [self._prior(noise, self._size("1:1")) for _ in range(iterations)]
         uniforms = [noise.uniform() for _ in range(iterations)]
         x, accepted = inpaint(self.net, known, missing, noises, uniforms, y)
         if denoise * self._sigma:
@@ -402,14 +408,23 @@ class StarFlow(GenerativeModule):
     def _sigma(self) -> float:
         return self.noise_std if self.noise_type == "gaussian" else 0.0
 
-    def _prior(self, noise: Noise) -> Tensor:
-        return noise.normal(self.net.tokens, self.net.dims).to(self.device)
+    def _size(self, aspect: str) -> tuple[int, int]:
+        """Height and width in tokens."""
+        size = process.aspect_size(aspect, self.net.side, 1)
+        if size != (self.net.side, self.net.side) and any(block.pos_embed is not None for block in self.net.steps):
+            raise ValueError(
+                f"sampling.aspect={aspect} needs rotary positions; this network has learnt ones: 1:1 only."
+            )
+        return size
 
-    def _null(self, y: Tensor | None, guide: Guidance) -> Tensor | None:
+    def _prior(self, noise: Noise, size: tuple[int, int]) -> Tensor:
+        return noise.normal(size[0] * size[1], self.net.dims).to(self.device)
+
+    def _null(self, y: Tensor | None, guide: Guidance, aspect: str) -> Tensor | None:
         """What guidance pushes away from; None where it is off."""
         if self.told is None or y is None or guide.weight == 1.0:
             return None
-        return self.told.null(len(y), y.device)
+        return self.told.null(len(y), y.device, aspect)
 
     def _denoised(self, x: Tensor, y: Tensor | None, strength: float) -> Tensor:
         """Tweedie's step under the same condition."""
@@ -426,7 +441,7 @@ class StarFlow(GenerativeModule):
         return max(1, flow.GRADIENT_BYTES // (24 * 4 * widths * self.net.tokens))
 
     def _request(
-        self, count: int, condition: Condition | None, denoise: float, temperature: float, guide: Guidance
+        self, count: int, condition: Condition | None, denoise: float, temperature: float, guide: Guidance, aspect: str
     ) -> Tensor | None:
         """Check what is asked for; returns text tokens on the device."""
         if denoise < 0 or not temperature > 0:
@@ -442,7 +457,11 @@ class StarFlow(GenerativeModule):
                     f"sampling.guidance={guide.weight} has nothing to act on: module.condition is none.", stacklevel=3
                 )
             return None
-        return self.told.of_request(condition, count, self.device)
+        return self.told.of_request(condition, count, self.device, aspect)
+
+
+def _rows(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
 
 
 def _check(noise_std: float, noise_type: str, condition: str, label_drop: float, latent_norm: float) -> None:

@@ -68,13 +68,15 @@ class FlowBlock(nn.Module):
         self.softplus, self.soft_clip, self.flipped = softplus, soft_clip, flipped
         self.text_dim = text_dim if layers else 0
         self.sos_embed = nn.Parameter(torch.randn(1, 1, dims)) if sos and layers else None
+        self.pos_embed: nn.Parameter | None = None
         if not layers:
             self.attn_blocks = nn.ModuleList()
             return
         self.proj_in = nn.Linear(dims, shape.channels)
         self.proj_out = nn.Linear(shape.channels, 2 * dims)
         nn.init.zeros_(self.proj_out.weight)  # its bias keeps the default, so the initial map is a constant affine one
-        self.pos_embed = None if shape.rope else nn.Parameter(torch.randn(size, shape.channels) * 0.01)
+        if not shape.rope:
+            self.pos_embed = nn.Parameter(torch.randn(size, shape.channels) * 0.01)
         if self.text_dim:
             self.proj_txt = nn.Linear(text_dim, shape.channels) if shape.project_text else nn.Identity()
             if not shape.project_text and text_dim != shape.channels:

@@ -10,6 +10,7 @@ from torch import Tensor
 UNIT = 0.541324854612918  # softplus(UNIT) = 1, so a raw scale of 0 leaves volumes unchanged
 THETA = 10000.0  # base of the rotary frequencies
 TEXT_PAIRS = 8  # pairs of a head's features that turn with the position in the text
+RATIOS = ("21:9", "16:9", "3:2", "5:4", "1:1", "4:5", "2:3", "9:16", "9:21")  # width:height
 SMALLEST = -15.0  # below it softplus(x) = exp(x) to 1e-7, and its logarithm x
 
 
@@ -189,3 +190,37 @@ def latent_norm(latents: Sequence[Tensor]) -> Tensor:
     Source: apple/ml-starflow, ``latent_norm_regularization``.
     """
     return torch.stack([latent.square().mean() for latent in latents]).sum()
+
+
+def aspect_size(ratio: str, side: int, multiple: int) -> tuple[int, int]:
+    """Height and width of a picture of some aspect ratio and about the area of a square.
+
+    Args:
+        ratio: "width:height", e.g. "16:9".
+        side: of the square.
+        multiple: height and width are multiples of it.
+
+    Returns:
+        Height and width.
+
+    Raises:
+        ValueError: ``ratio`` is not of that form.
+
+    Source: apple/ml-starflow, aspect-ratio buckets: h = round(S / sqrt R), w = round(S sqrt R).
+    """
+    parts = ratio.split(":")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(f"sampling.aspect={ratio!r}: expected width:height, e.g. 16:9.")
+    root = math.sqrt(int(parts[0]) / int(parts[1]))
+    return tuple(max(1, round(length / multiple)) * multiple for length in (side / root, side * root))  # type: ignore[return-value]
+
+
+def nearest_ratio(height: int, width: int) -> str:
+    """Name of the aspect ratio among ``RATIOS`` that a picture comes nearest to, by the logarithm."""
+    wanted = math.log(width / height)
+
+    def distance(ratio: str) -> float:
+        across, down = ratio.split(":")
+        return abs(math.log(int(across) / int(down)) - wanted)
+
+    return min(RATIOS, key=distance)

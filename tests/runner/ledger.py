@@ -110,7 +110,7 @@ class Runs:
             "checkpoints": {"every": every, "every_minutes": None},
             "callbacks": {name: None for name in ("ema", "samples", "likelihood", "guard", "progress")},
         }
-        (folder / "experiments" / "ledger.yaml").write_text(yaml.safe_dump(experiment))
+        (folder / "experiments" / "ledger.yaml").write_text(yaml.safe_dump(experiment, sort_keys=False))
 
     def kill(self, *, ranks: int, after: int, settings: Sequence[str] = ()) -> None:
         """Start or continue on so many ranks, and kill one process at a random moment after so many updates more."""

@@ -5,6 +5,7 @@ own. The shards are of uneven sizes and fewer than ranks times workers.
 """
 
 import itertools
+import json
 import os
 import random
 import threading
@@ -279,6 +280,28 @@ def test_any_split_continues_exactly(mode: Callable[[Path], Settings], workers: 
     assert opened() == (files, threads)
 
 
+def test_ledger_finds_what_is_lost_or_read_differently_again(tmp_path: Path) -> None:
+    """Of an update made twice the last attempt counts; the ledger itself notices holes and contradictions."""
+    runs = Runs(tmp_path, {}, steps=2)
+    file = tmp_path / "lines" / "rank0.jsonl"
+
+    def write(*made: tuple[int, int, str]) -> None:
+        lines = [{"attempt": a, "update": u, "rank": 0, "micro": 0, "items": [item]} for a, u, item in made]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"attempt": 3, "upd')
+
+    write((1, 0, "a"), (1, 1, "b"), (2, 1, "b"))
+    assert runs.trained() == [["a"], ["b"]]
+    write((1, 0, "a"), (1, 1, "b"), (2, 1, "c"))
+    with pytest.raises(AssertionError, match="saw other samples"):
+        runs.trained()
+    write((1, 0, "a"))
+    with pytest.raises(AssertionError, match="update 1 was not made"):
+        runs.trained()
+    write((1, 0, "a"), (1, 0, "a"), (1, 1, "b"))
+    with pytest.raises(AssertionError, match="twice in one attempt"):
+        runs.trained()
+
+
 Attempts = list[tuple[int, int, int]]  # ranks, workers and micro-batch of each; all but the last are killed
 QUICK: list[tuple[Callable[[Path], Settings], Attempts]] = [
     (images, [(2, 4, 6), (3, 0, 2)]),
@@ -315,7 +338,7 @@ def test_killed_runs_train_on_every_sample_once(
     for ranks, workers, micro in attempts:
         changes = [f"data.workers={workers}", f"data.micro_batch={micro}"]
         if runs.attempts < len(attempts) - 1:
-            runs.kill(ranks=ranks, after=random.randint(3, 7), settings=changes)
+            runs.kill(ranks=ranks, after=random.randint(1, 7), settings=changes)
         else:
             runs.finish(ranks=ranks, settings=changes)
     assert runs.trained() == [items_of(batch) for batch in ideal(settings, steps)]

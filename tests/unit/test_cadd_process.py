@@ -70,17 +70,15 @@ def one_token() -> Oracle:
 
 def test_single_token_sampler_against_the_truth() -> None:
     """The sampled estimate is exact at any number of steps, the soft one in the limit, the hard one never."""
-    oracle, rows = one_token(), 100_000
+    oracle, rows = one_token(), 50_000
 
     def distance(estimator: str, steps: int) -> float:
         counts = torch.bincount(drawn(oracle, estimator, steps, rows).flatten(), minlength=5)
         return float(0.5 * (counts / rows - PROB).abs().sum())
 
     assert distance("sampled", 4) < 0.01
-    soft = [distance("soft", steps) for steps in (2, 8, 32)]
-    assert soft[0] > soft[1] > soft[2]
+    assert distance("soft", 2) > distance("soft", 12) + 0.01
     assert distance("hard", 4) > 0.1
-    assert distance("hard", 16) > 0.1
 
 
 def test_the_latent_coordinates_tokens_drawn_at_once() -> None:
@@ -125,7 +123,9 @@ def test_limits_of_a_step() -> None:
 def test_the_weights_of_steps_add_up_to_the_rate(path: process.Path) -> None:
     schedule, t = Power(2.0), torch.tensor(0.4).double()
     near = process.squared_error_weight(schedule.keep(t), schedule.keep(t - 1e-5), path) / 1e-5
-    torch.testing.assert_close(process.squared_error_rate(schedule.keep(t), schedule.rate(t), path), near, rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        process.squared_error_rate(schedule.keep(t), schedule.rate(t), path), near, rtol=1e-3, atol=0
+    )
 
 
 def test_estimates() -> None:

@@ -46,6 +46,10 @@ def test_a_sound_set(root: Path) -> None:
     assert 10 < few.decoded < 55
     assert check(root / "train-000001.tar").facts.samples == 30
     assert check(root / "train-*2.tar").facts.samples == 30
+    assert told(check(root / "train-{000000..000004}.tar")) == [
+        "train-000004.tar: missing",
+        "train-000004.tar: not listed in index.json",
+    ]
 
 
 def truncate(path: Path) -> None:
@@ -199,6 +203,8 @@ def test_nothing_to_check(tmp_path: Path) -> None:
         check(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="names no shard"):
         check(tmp_path)
+    with pytest.raises(ValueError, match="Write ranges as in"):
+        check(tmp_path / "x-{0..3.tar")
 
 
 def test_index_of_foreign_shards(tmp_path: Path) -> None:

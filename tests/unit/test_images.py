@@ -419,3 +419,17 @@ def test_reader_threads_compute_with_one_core_each() -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_shards_from_elsewhere_are_announced_a_window_ahead(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = images(root, batch_size=4, window=2)  # about 12 samples
+    source = data.source_of("train")
+    announced: set[int] = set()
+    monkeypatch.setattr(source, "health", lambda: {"cache_hits": 1.0}, raising=False)
+    monkeypatch.setattr(source, "expect", lambda samples: announced.update(samples.tolist()), raising=False)
+    order = data.training_sequence()
+    for update, _ in enumerate(islice(data.train_dataloader(), 18)):
+        soon = order(np.arange(4 * update, 4 * update + 8))[1].tolist()
+        assert set(soon) <= announced
+    assert len(announced) == 24
+    assert data.health()["data/cache_hits"] == 1

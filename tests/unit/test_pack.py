@@ -245,6 +245,9 @@ def test_what_is_there_stays(photos: Path, tmp_path: Path) -> None:
     again = pack(photos, out, RECIPE)
     assert again.was_there
     assert again.index == first.index
+    (photos / "ant" / "0.png").write_bytes(png(picture(0, 9)))  # noticed by its size
+    assert "is packed already, with content 45 inputs, " in told(lambda: pack(photos, out, RECIPE))
+    (photos / "ant" / "0.png").write_bytes(png(picture(0)))
     assert told(lambda: pack(photos, out, Recipe("photos"))) == (
         f"{out} is packed already, with per_shard 10, and now it is None. Type another folder, "
         "or add --fresh to replace it."

@@ -348,7 +348,7 @@ def test_positions_do_not_depend_on_damage(tmp_path: Path, monkeypatch: pytest.M
     assert damaged.read(5) == sample(5, 5)
     with pytest.raises(BadSample, match=r"train-000001.tar, sample train00006: truncated at byte 5000"):
         damaged.read(7)
-    monkeypatch.setattr(files, "_MEASURED_SHARDS", 0)
+    monkeypatch.setattr(files, "_COMPARED_SHARDS", 0)
     monkeypatch.setattr("datamodules.shards._CHECKED_BYTES", 0)
     late = open_source("*.tar", folder, "data.train")  # too many shards to look at each
     assert late.read(3) == sample(3, 3)

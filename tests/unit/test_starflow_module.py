@@ -176,8 +176,8 @@ def test_one_bad_sample_is_drawn_again_alone(monkeypatch: pytest.MonkeyPatch) ->
     clean = starflow.sample(seeds, starflow.condition([0, 1, 2]))
     prior = StarFlow._prior
 
-    def broken(self: StarFlow, noise: SampleNoise) -> Tensor:
-        z = prior(self, noise)
+    def broken(self: StarFlow, noise: SampleNoise, size: tuple[int, int]) -> Tensor:
+        z = prior(self, noise, size)
         if getattr(noise, "seeds", None) == seeds:
             z[1, 3, 0] = float("inf")
         return z
@@ -238,6 +238,23 @@ def test_inpainting_leaves_the_rest_alone() -> None:
     assert accepted.shape == (2,)
     with pytest.raises(ValueError, match="the mask bool of shape"):
         starflow.inpaint(data, missing.float(), [1, 2])
+
+
+def test_pictures_of_another_shape() -> None:
+    starflow = room("text", null_caption="{ratio}")
+    assert starflow.told is not None
+    here = torch.device("cpu")
+    assert not torch.equal(starflow.told.null(1, here, "4:1"), starflow.told.null(1, here, "2:1"))
+    wide = starflow.sample([1, 2], starflow.condition([0, 1]), guidance=1.5, aspect="4:1")
+    assert wide.shape == (2, 2, 2, 8)
+    codec = latents(any_shape=True)
+    bucket = {"image": torch.zeros(2, 1, 4, 16, dtype=torch.uint8), "label": torch.tensor([0, 1])}
+    assert room("label", codec).train().loss(bucket)["loss"].isfinite()
+    assert process.aspect_size("16:9", 32, 1) == (24, 43)
+    assert process.aspect_size("2:3", 512, 8) == (624, 416)
+    assert process.nearest_ratio(24, 43) == "16:9"
+    with pytest.raises(ValueError, match="expected width:height"):
+        starflow.sample([1], aspect="wide")
 
 
 def test_mistakes_are_named() -> None:

@@ -112,13 +112,8 @@ def test_every_token_once(root: Path, mode: str, tokenizer: Any, folder: str) ->
     expected = Counter(document(number) for number in range(62))
     epoch = data.training_sequence().length()
     stored = sum(len(name) + 1 for name in expected.elements())
-    if mode == "concat":  # all epochs are one stream: T epochs fill whole rows
-        many = list(rows(data, stored))
-        assert all(row["valid"].all() for row in many)
-        stream = torch.cat([row["tokens"] for row in many]).tolist()
-        found = Counter(tokenizer.decode(part) for part in split(stream, tokenizer.eos))
-        assert found == Counter({name: T * count for name, count in expected.items()})
-        assert epoch == -(-stored // T)
+    if mode == "concat":
+        check_stream(data, 5 * epoch, stored)
         return
     parts = list(rows(data, epoch))
     for row in parts:
@@ -142,14 +137,22 @@ def test_every_token_once(root: Path, mode: str, tokenizer: Any, folder: str) ->
     assert len(parts) < 1.15 * stored / T
 
 
-def split(stream: list[int], eos: int) -> Iterator[list[int]]:
-    part: list[int] = []
-    for token in stream:
-        part.append(token)
-        if token == eos:
-            yield part
-            part = []
-    assert not part
+def check_stream(data: Text, count: int, stored: int) -> None:
+    """Full rows, in which the tokens of every document of every epoch that is over stand once."""
+    parts = list(rows(data, count))
+    pieces = data.training_sequence()(np.arange(count))
+    seen: dict[tuple[int, int], list[tuple[int, list[int]]]] = {}
+    for row, at, epoch, sample, begin, length in zip(*(column.tolist() for column in pieces), strict=True):
+        tokens = parts[row]["tokens"][at : at + length].tolist()
+        seen.setdefault((epoch, sample), []).append((begin, tokens))
+    assert all(row["valid"].all() for row in parts)
+    assert sum(len(tokens) for found in seen.values() for _, tokens in found) == count * T
+    for epoch in range(count * T // stored - 1):
+        for sample in range(62):
+            joined = [token for _, tokens in sorted(seen[epoch, sample]) for token in tokens]
+            assert joined == [*data.tokenizer.encode(document(sample)).tolist(), data.tokenizer.eos]
+    firsts = np.searchsorted(pieces.row, np.arange(24))
+    assert len(set(pieces.sample[firsts].tolist())) > 12  # rows of one document do not stand together
 
 
 def test_borders_of_documents(root: Path) -> None:
@@ -253,7 +256,7 @@ def test_bad_documents(tmp_path: Path, mode: str, tokenizer: Any, caplog: pytest
     caplog.set_level(logging.WARNING)
     data = text(tmp_path, val=None, mode=mode, tokenizer=tokenizer, max_bad_fraction=0.2, batch_size=4)
     length = data.training_sequence().length()
-    found = list(rows(data, length))
+    found = list(rows(data, 2 * length if mode == "concat" else length))
     assert data.bad_samples == len(bad)
     assert {key for key in bad if any(key in message for message in caplog.messages)} == set(bad)
     good = "".join(document(n)[: T if mode == "padded" else None] for n in range(30) if f"d{n:04d}" not in bad)
@@ -261,7 +264,7 @@ def test_bad_documents(tmp_path: Path, mode: str, tokenizer: Any, caplog: pytest
     shown = Counter("".join(tokenizer.decode(row["tokens"][row["valid"]]) for row in found))
     if mode != "concat":
         assert shown == letters
-    else:  # the last row has the beginning of the next epoch
+    else:  # shuffled rows: an epoch has no end of its own
         assert not letters - shown
         assert sum(int((~row["valid"]).sum()) for row in found) >= (9 if tokenizer.size == 257 else 3)
 
@@ -277,11 +280,14 @@ def test_a_shard_that_goes_while_training(root: Path, tmp_path: Path) -> None:
         starts = data.source_of("train").starts
         data.teardown("fit")
         (copy / "train-000001.tar").unlink()
-        parts = list(rows(data, length))
+        parts = list(rows(data, 2 * length))
         gone = range(int(starts[1]), int(starts[2]))
         assert data.bad_samples == len(gone)
-        lost = sum(len(document(n)) + 1 for n in gone)
-        assert lost <= sum(int((~row["valid"]).sum()) for row in parts) <= lost + T
+        expected = np.zeros((2 * length, T), dtype=bool)
+        pieces = data.training_sequence()(np.arange(2 * length))
+        for row, at, sample, number in zip(pieces.row, pieces.at, pieces.sample, pieces.length, strict=True):
+            expected[row, at : at + number] = sample not in gone
+        np.testing.assert_array_equal(np.stack([row["valid"] for row in parts]), expected)
 
 
 def test_settings_that_cannot_be(root: Path, tmp_path: Path) -> None:

@@ -56,3 +56,6 @@ def test_the_bottleneck_has_a_name(busy, reading, told):
     text = _bottleneck(streak, {"busy": 1.0 + busy, "reading": 1.0 + reading}, workers=2)
     assert text.startswith("Training waited for data 40% of the time over the last 100 updates.")
     assert told in text
+    if busy > 10:
+        text = _bottleneck(streak, {"busy": 1.0 + busy}, workers=2)
+        assert text.endswith("The bottleneck is reading and preparing batches. Set data.workers=4.")
