@@ -203,6 +203,8 @@ class ShardData(L.LightningDataModule):
 
     def teardown(self, stage: str | None = None) -> None:
         """End all reader threads and close all files."""
+        for source in self._sources.values():
+            source.close()  # aborts downloads that threads wait for
         for loader in list(self._loaders):
             loader.close()
         self._loaders.clear()

@@ -1,5 +1,6 @@
 """Text from tar shards as rows of tokens, in an order any number of ranks can continue."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,11 @@ from datamodules.textrows import Lengths, ShuffledRows, TextRows
 from datamodules.tokenizers import TEXT_MEMBERS, Tokenizer
 from datamodules.tokenreader import Documents, RawText, RowLayout, StoredTokens, TokenReader
 
+log = logging.getLogger(__name__)
+
 TOKENS = "tok"
+
+_ANNOUNCED = 50_000  # documents; counting the tokens of more takes long enough to say so
 
 
 class Text(ShardData):
@@ -133,12 +138,16 @@ class Text(ShardData):
             }
         )
         self._layout: RowLayout | None = None
+        self._counted: dict[int, Lengths] = {}
         self._kind: np.dtype[Any] | None = None
 
     # The sequence
 
     def sequence(self, source: Source, number: int) -> RowLookup:
         """Rows of one source, its documents in shuffled order, and the rows, too."""
+        total = int(source.counts.sum())
+        if self.member != TOKENS and not self.tokenizer.one_per_byte and total > _ANNOUNCED:
+            log.info("counting the tokens of %d documents; later starts find the counts in the cache folder", total)
         rows = self._rows(source, Order(source.counts, self.seed, self.window, source=number))
         return ShuffledRows(rows) if self.mode == "concat" else rows
 
@@ -183,7 +192,7 @@ class Text(ShardData):
             source,
             lookup,
             self.bad_of(split),
-            self._documents(source),
+            self._documents(source, partial(self._places, source)),
             self.layout,
             names=partial(self._names, split),
             num_classes=self.num_classes,
@@ -238,14 +247,27 @@ class Text(ShardData):
     # Details
 
     def _rows(self, source: Source, order: Order) -> Rows:
-        lengths = Lengths(source, self._documents(source), self.layout)
-        return Rows(order, lengths, self.layout.room, self.mode)
+        return Rows(order, self._lengths(source), self.layout.room, self.mode)
 
-    def _documents(self, source: Source) -> Documents:
+    def _lengths(self, source: Source) -> Lengths:
+        if id(source) not in self._counted:
+            self._counted[id(source)] = Lengths(source, self._documents(source), self.layout)
+        return self._counted[id(source)]
+
+    def _places(self, source: Source, sample: int) -> int:
+        """Places that were given to a document of a source or of a mixture."""
+        parts: list[Source] = list(getattr(source, "sources", {"": source}).values())
+        for part in parts[:-1]:
+            if sample < part.starts[-1]:
+                return self._lengths(part).one(sample)
+            sample -= int(part.starts[-1])
+        return self._lengths(parts[-1]).one(sample)
+
+    def _documents(self, source: Source, planned: Callable[[int], int] | None = None) -> Documents:
         if self.member == TOKENS:
             assert self._kind is not None  # check_source has seen the source
-            return StoredTokens(source, TOKENS, self._kind)
-        return RawText(source, self.member, self.tokenizer)
+            return StoredTokens(source, TOKENS, self._kind, planned)
+        return RawText(source, self.member, self.tokenizer, planned)
 
     def _names(self, split: str, samples: Ints, begins: Ints) -> list[str]:
         keys = keys_of(self.source_of(split), samples)

@@ -39,6 +39,11 @@ class Lengths:
             self._kept[shard] = found = found.astype(np.min_scalar_type(int(found.max(initial=0))))
         return found.astype(np.int64)
 
+    def one(self, sample: int) -> int:
+        """Places of one document."""
+        shard = int(np.searchsorted(self._source.starts, sample, side="right")) - 1
+        return int(self(shard)[sample - self._source.starts[shard]])
+
 
 class ShuffledRows:
     """Rows of mode "concat" in shuffled order: one after the other, a batch would hold the pieces of a few documents.

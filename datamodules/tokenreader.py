@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from datamodules.bad import BadSamples
 from datamodules.loader import Buffers
-from datamodules.members import Labels, shards_of, sizes_of
+from datamodules.members import Labels, sizes_of
 from datamodules.order import Ints
 from datamodules.packing import Pieces
 from datamodules.source import BadSample, Source, place
@@ -197,12 +197,16 @@ class StoredTokens:
         source: the documents.
         member: which member holds the tokens.
         kind: its number format.
+        planned: number of a document to the places it was given; needed by ``copy`` alone.
     """
 
-    def __init__(self, source: Source, member: str, kind: np.dtype[Any]) -> None:
+    def __init__(
+        self, source: Source, member: str, kind: np.dtype[Any], planned: Callable[[int], int] | None = None
+    ) -> None:
         self.source = source
         self.member = member
         self.kind = kind
+        self.planned = planned or _unplanned
         self._buffers = Buffers(8)
 
     def lengths(self, source: Source, shard: int) -> Ints:
@@ -218,6 +222,10 @@ class StoredTokens:
         bodies = np.minimum(ends, stored) - pieces.begin
         copied = np.ones(len(starts), dtype=np.bool_)
         doubtful = (bodies < pieces.length - (eos is not None)) | (stored == 0) | (sizes % width != 0)
+        for piece in np.flatnonzero(
+            (pieces.begin == 0) & (pieces.length == 1) & (stored + (eos is not None) > 1)
+        ).tolist():
+            doubtful[piece] |= self.planned(int(pieces.sample[piece])) == 1  # it could not be counted at the time
         for piece in np.flatnonzero(doubtful).tolist():
             copied[piece] = self._passes(int(pieces.sample[piece]), int(sizes[piece]), eos, refuse)
         raw = self._buffers.take(out.shape, self.kind)
@@ -268,12 +276,16 @@ class RawText:
         source: the documents.
         member: which member holds the text.
         tokenizer: turns text into tokens.
+        planned: number of a document to the places it was given; needed by ``copy`` alone.
     """
 
-    def __init__(self, source: Source, member: str, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, source: Source, member: str, tokenizer: Tokenizer, planned: Callable[[int], int] | None = None
+    ) -> None:
         self.source = source
         self.member = member
         self.tokenizer = tokenizer
+        self.planned = planned or _unplanned
         self._kept: OrderedDict[int, Tokens] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
@@ -303,7 +315,7 @@ class RawText:
                 if len(tokens):  # else it is empty, and its place holds nothing
                     refuse(sample, self._changed(sample, len(tokens)))
                 continue
-            if begin == 0 and length == 1 < len(tokens) and self._uncounted(sample):
+            if begin == 0 and length == 1 < len(tokens) + (eos is not None) and self.planned(sample) == 1:
                 refuse(sample, self._changed(sample, len(tokens)))
                 continue
             flat[start : start + body] = tokens[begin : begin + body]
@@ -359,13 +371,12 @@ class RawText:
         """Number of tokens of a document; any error is raised again when the document is used."""
         return [len(self.tokenizer.encode(members.get(self.member, b"").decode()))]
 
-    def _uncounted(self, sample: int) -> bool:
-        """Whether a document could not be read when tokens were counted, so that only one place is kept for it."""
-        shard = int(shards_of(self.source, np.array([sample]))[0])
-        return not self.lengths(self.source, shard)[sample - int(self.source.starts[shard])]
-
     def _changed(self, sample: int, tokens: int) -> BadSample:
         return BadSample(f"{place(self.source, sample)}: it has {tokens} tokens, not as many as when they were counted")
+
+
+def _unplanned(sample: int) -> int:
+    raise AssertionError(f"nobody planned places for document {sample}")
 
 
 def _spread(starts: Ints, lengths: Ints, values: NDArray[Any], other: Any, out: NDArray[Any]) -> None:

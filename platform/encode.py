@@ -296,7 +296,8 @@ class Encoding:
             ENTRY: {**self.settings, "encoder_name": self.encoder.name, "skipped": skipped},
         }
         shards = {name: self._catalogue.ShardEntry(**record["entry"]) for name, record in records.items()}
-        return self._catalogue.Catalogue(self.out.name, licence, {name: self.source.fingerprint}, shards, card)
+        sources = {name: self.source.fingerprint}
+        return self._catalogue.Catalogue(self.out.absolute().name, licence, sources, shards, card)
 
     def _ended(self, index: Any, encoded: int = 0, kept: int = 0) -> Outcome:
         return Outcome(index, encoded, kept, index.card[ENTRY]["skipped"] if index is not None else 0)

@@ -200,7 +200,7 @@ class Captions:
         return {self.member: {**card, **more}, NULL: {self.member: null}, "rows": {"mean": float(sums[1] / sums[0])}}
 
 
-def open_autoencoder(path: str, weights: str | None, white: int | None) -> tuple[AutoencoderKL, int]:
+def open_autoencoder(path: str, weights: str | None, white: int | None) -> tuple[AutoencoderKL, int, float | str]:
     """An autoencoder from a folder in diffusers' format, or from a run or weights folder of this project.
 
     Args:
@@ -209,7 +209,7 @@ def open_autoencoder(path: str, weights: str | None, white: int | None) -> tuple
         white: stored value of white; None for what the run was trained on, and 255 without a run.
 
     Returns:
-        The network, and the stored value of white.
+        The network, the stored value of white, and the scale of the latents: for a run it has yet to be measured.
 
     Raises:
         ValueError: there is none, or the options do not fit it.
@@ -227,12 +227,13 @@ def open_autoencoder(path: str, weights: str | None, white: int | None) -> tuple
         trained = int(getattr(module.codec, "white", 255))
         if white not in (None, trained):
             raise ValueError(f"--white {white}: the run {path} was trained with white at {trained}. Leave it out.")
-        return net.float().eval().requires_grad_(False), trained
+        return net.float().eval().requires_grad_(False), trained, MEASURE
     if weights is not None:
         raise ValueError(f"--weights {weights} belongs to a run, but --encoder {path} is none. Leave it out.")
     if not (folder / autoencoder.CONFIG).is_file() and (folder / "vae" / autoencoder.CONFIG).is_file():
         raise ValueError(f"--encoder {path} is a whole pipeline. Type its autoencoder: --encoder {folder / 'vae'}")
-    return autoencoder.load(folder), white or 255
+    net = autoencoder.load(folder)
+    return net, white or 255, net.scaling_factor
 
 
 def open_text_encoder(text: str, length: int | None) -> text_encoders.TextEncoder:

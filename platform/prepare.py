@@ -138,17 +138,17 @@ def _pictures(args: argparse.Namespace, source: Any) -> Any:
             " the images."
         )
     device = encoders.device_of(args.device)
-    net, white = encoders.open_autoencoder(args.encoder, args.weights, args.white)
+    net, white, scale = encoders.open_autoencoder(args.encoder, args.weights, args.white)
     if net.in_channels not in (1, 3):
         raise ValueError(f"--encoder {args.encoder} takes pictures of {net.in_channels} channels, expected 1 or 3.")
     return encoders.Pictures(
         net,
-        args.encoder,
+        _name(args.encoder),
         white=white,
         size=(args.size, args.size) if args.size else _first_shape(source, args.skip_bad),
         resize=args.size is not None,
         flip=args.flip,
-        scale=net.scaling_factor if args.scale is None else args.scale,
+        scale=scale if args.scale is None else args.scale,
         shift=net.shift_factor if args.shift is None else args.shift,
         device=device,
     )
@@ -166,7 +166,7 @@ def _captions(args: argparse.Namespace, source: Any) -> Any:
         )
     return encoders.Captions(
         encoders.open_text_encoder(args.encoder, args.length),
-        args.encoder if args.encoder.startswith("random:") else Path(args.encoder).expanduser().resolve().name,
+        _name(args.encoder),
         caption=args.member,
         member=f"emb.{args.name}" if args.name else "emb",
         kind=args.dtype,
@@ -218,6 +218,11 @@ def _facts(args: argparse.Namespace, done: Any) -> list[tuple[str, str]]:
         rows.append(("left out", f"{done.skipped} samples, see {Path(args.out) / 'skipped.jsonl'}"))
         rows.append(("", "so the keys differ from the source's: read these shards alone, not through data.columns"))
     return rows
+
+
+def _name(encoder: str) -> str:
+    """What the card calls an encoder: the name of its folder, without the path, which differs between machines."""
+    return encoder if encoder.startswith("random:") else Path(encoder).expanduser().resolve().name
 
 
 def _listed(members: Any) -> str:

@@ -103,7 +103,7 @@ def arguments(parser: Parser) -> None:
         type=scale,
         metavar="S",
         help="factor noted for the model: (latent - shift) x scale has about unit variance; measure takes 1 / standard"
-        " deviation of these latents; what is stored is not scaled (default: the encoder's own)",
+        " deviation of these latents; what is stored is not scaled (default: the encoder's own; measure for a run)",
     )
     latents.add_argument(
         "--shift", type=shift, metavar="T", help="what is subtracted before it (default: the encoder's)"

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lightningmodules.autoencoder import process
 from lightningmodules.autoencoder.weights import translate
@@ -99,8 +100,10 @@ class Autoencoder(GenerativeModule):
 
     def build(self) -> None:
         """Create the networks."""
-        self.net = self._net() if self._weights is None else load(self._weights, self._net)
-        self.net.train().requires_grad_(True)
+        self.net = self._net()
+        first = next(self.net.parameters())
+        if self._weights is not None and not (first.is_meta or isinstance(first, FakeTensor)):  # a plan has no values
+            self.net.load_state_dict(load(self._weights, self._net).state_dict())
         if self.net.in_channels != self.codec.channels or self.codec.size % self.net.factor:
             raise ValueError(
                 f"The autoencoder reads {self.net.in_channels} channels and halves to 1/{self.net.factor}; the codec"
@@ -112,8 +115,6 @@ class Autoencoder(GenerativeModule):
                     part.requires_grad_(False)
         if self._critic is not None:
             self.critic = self._critic()
-        if self._perceptual is not None:
-            self._judge = [self._perceptual().eval().requires_grad_(False)]
 
     def averaged(self) -> dict[str, nn.Module]:
         """The autoencoder, without critic."""
@@ -146,8 +147,8 @@ class Autoencoder(GenerativeModule):
         loss = 0.25 * mse if self.reconstruction == "mse" else 0.5 * F.l1_loss(again, x)
         if self.trained == "all":
             loss = loss + self.kl_weight * terms["kl"]
-        if self._judge:
-            terms["perceptual"] = self._on_device(x.device)(again, x)
+        if self._perceptual is not None:
+            terms["perceptual"] = self._judge_on(self._perceptual, x.device)(again, x)
             loss = loss + self.perceptual_weight * terms["perceptual"]
         if self.critic is not None:
             judged, extra = self._judged(self.critic, x, again)
@@ -174,9 +175,11 @@ class Autoencoder(GenerativeModule):
         loss = counts * self.critic_weight * verdict + own + self.lecam_weight * keep
         return loss, {"gan": verdict, "critic": own, "lecam": keep}
 
-    def _on_device(self, device: torch.device) -> nn.Module:
-        self._judge[0].to(device)
-        return self._judge[0]
+    def _judge_on(self, make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+        """The network that compares pictures, made when it is first needed."""
+        if not self._judge:
+            self._judge.append(make().eval().requires_grad_(False))
+        return self._judge[0].to(device)
 
     # ---- use ------------------------------------------------------------------------------------------------------
 

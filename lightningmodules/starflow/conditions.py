@@ -1,6 +1,6 @@
 """What a STARFlow is told: a class as a one-hot token, a caption as text features, or nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,7 @@ class Captions:
     Args:
         length: text tokens.
         width: features per token.
-        encoder: captions to features; None if they come with the data.
+        encoder: builds what turns captions into features, when it is first needed; None if features come with the data.
         class_names: caption of every class; empty where captions come with the data.
         null_caption: what "nothing" is; ``{ratio}`` in it becomes the picture's aspect ratio, e.g. "16:9".
 
@@ -80,17 +80,14 @@ class Captions:
         self,
         length: int,
         width: int,
-        encoder: TextEncoder | None,
+        encoder: Callable[[], TextEncoder] | None,
         class_names: Sequence[str] = (),
         null_caption: str = "",
     ) -> None:
-        if encoder is not None and encoder.length != length:
-            raise ValueError(
-                f"module.text_encoder makes {encoder.length} tokens, module.net.txt_size is {length}. Set both alike."
-            )
         if class_names and encoder is None:
             raise ValueError("module.class_names needs a module.text_encoder that turns them into features.")
-        self.length, self.width, self.encoder, self.class_names = length, width, encoder, list(class_names)
+        self.length, self.width, self._make, self.class_names = length, width, encoder, list(class_names)
+        self._encoder: TextEncoder | None = None
         self.num_classes, self.null_caption = len(self.class_names), null_caption
         self._known: dict[str, Tensor] = {}  # features of the class names and of "nothing", (1, length, width) each
 
@@ -98,7 +95,7 @@ class Captions:
         """Features of a batch, (B, length, width)."""
         if "text_features" in batch:
             return self._padded(batch["text_features"], batch.get("text_mask"))
-        if "text" in batch and self.encoder is not None:
+        if "text" in batch and self._make is not None:
             return self.encode(batch["text"], _device_of(batch))
         if "label" in batch and self.class_names:
             return self._named(batch["label"])
@@ -122,13 +119,20 @@ class Captions:
         Raises:
             ValueError: there is no encoder, or it makes features of another width.
         """
-        if self.encoder is None:
+        if self._make is None:
             raise ValueError("Captions need module.text_encoder; this run was trained on stored features. Set one.")
-        return self._padded(*self.encoder.encode(captions, device))
+        if self._encoder is None:
+            self._encoder = self._make()
+            if self._encoder.length != self.length:
+                raise ValueError(
+                    f"module.text_encoder makes {self._encoder.length} tokens, module.net.txt_size is {self.length}."
+                    " Set both alike."
+                )
+        return self._padded(*self._encoder.encode(captions, device))
 
     def null(self, rows: int, device: torch.device, ratio: str = "1:1") -> Tensor:
         """Features of the null caption; zeros where no encoder is at hand."""
-        if self.encoder is None:
+        if self._make is None:
             return torch.zeros(rows, self.length, self.width, device=device)
         return self._features(self.null_caption.replace("{ratio}", ratio), device).expand(rows, -1, -1)
 

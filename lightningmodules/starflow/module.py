@@ -37,7 +37,7 @@ class StarFlow(GenerativeModule):
         condition: "label" for one-hot classes, "text" for text features, "none".
         label_drop: probability with which a class or caption is replaced by "nothing" in training, 0..1.
         latent_norm: weight of the penalty on mean squares of the data and of latents between blocks, >= 0.
-        text_encoder: captions to features; None if features come with the data.
+        text_encoder: builds what turns captions into features; None if features come with the data.
         class_names: caption of every class, for data that has classes and no captions.
         null_caption: the caption that means "nothing"; ``{ratio}`` in it becomes the picture's aspect ratio.
 
@@ -59,7 +59,7 @@ class StarFlow(GenerativeModule):
         condition: Literal["none", "label", "text"] = "none",
         label_drop: float = 0.1,
         latent_norm: float = 1e-4,
-        text_encoder: TextEncoder | None = None,
+        text_encoder: Callable[[], TextEncoder] | None = None,
         class_names: Sequence[str] = (),
         null_caption: str = "",
     ) -> None:

@@ -28,16 +28,15 @@ def features(number: int) -> np.ndarray:
     return np.random.default_rng(number).integers(0, 0x4000, (number % 7, 4), dtype=np.uint16)
 
 
-def write(folder: Path, numbers: range, per_shard: int = 7, card: dict[str, Any] | None = None, **bad: bytes) -> None:
-    with DatasetWriter(
-        folder, dataset="latents", licence="", sources={}, card=CARD if card is None else card
-    ) as writer:
+def write(folder: Path, numbers: range, per_shard: int = 7, card: dict[str, Any] = CARD, **bad: bytes) -> None:
+    """Sample n has class n mod 10; ``bad`` maps keys to other bytes for the latent, ``cls_`` + key to another class."""
+    with DatasetWriter(folder, dataset="latents", licence="", sources={}, card=card) as writer:
         samples = [
             {
                 "__key__": f"k{number:03d}",
                 "lat": bad.get(f"k{number:03d}", latent(number).tobytes()),
                 "lat.flip": latent(number, mirrored=True).tobytes(),
-                "cls": str(number % 10).encode(),
+                "cls": bad.get(f"cls_k{number:03d}", str(number % 10).encode()),
             }
             for number in numbers
         ]
@@ -140,6 +139,22 @@ def test_bad_samples_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     ranks = [read(latents(tmp_path / "a", rank, 2, max_bad_fraction=0.2), 10) for rank in range(2)]
     merged = [key for pair in zip(*ranks, strict=True) for batch in pair for key in batch["key"]]
     assert merged == [key for batch in read(latents(tmp_path / "a", max_bad_fraction=0.2), 10) for key in batch["key"]]
+
+
+def test_bad_labels_are_replaced(tmp_path: Path) -> None:
+    write(tmp_path / "a", range(30), cls_k003=b"11", cls_k012=b" 2\n", cls_k020=b"0" * 30)
+    data = latents(tmp_path / "a", num_classes=10, max_bad_fraction=0.1)
+    found = read(data, 10)
+    assert data.bad_samples == 1
+    shown = {
+        number: int(label) for batch in found for number, label in zip(numbers(batch), batch["label"], strict=True)
+    }
+    assert shown == {number: number % 10 for number in range(30) if number != 3}
+    with pytest.raises(ValueError, match=r"labels run from 0 to 11, but data\.num_classes=10"):
+        latents(tmp_path / "a", num_classes=10)
+    (tmp_path / "a" / "index.json").unlink()
+    with pytest.raises(ValueError, match=r"index\.json says nothing about \.lat"):
+        latents(tmp_path / "a")
 
 
 def test_what_is_refused(root: Path, tmp_path: Path) -> None:

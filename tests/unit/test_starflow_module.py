@@ -25,7 +25,7 @@ def room(kind: str = "label", codec: Pixels | Latents | None = None, **options: 
     codec = codec or Pixels(4, 2, levels=17, white=240)
     net = partial(StarFlowNet, codec.channels, 4, 1, 40, 2, [1, 2], head_dim=20, **told)
     if kind == "text":
-        options = {"text_encoder": RandomBytes(16, 6, layers=1), "class_names": NAMES, **options}
+        options = {"text_encoder": partial(RandomBytes, 16, 6, layers=1), "class_names": NAMES, **options}
     optimizer = partial(torch.optim.AdamW, lr=3e-3)
     made = StarFlow(net=net, codec=codec, optimizer=optimizer, condition=kind, **options)  # type: ignore[arg-type]
     made.configure_model()
@@ -289,4 +289,4 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="Only a model that knows classes"):
         room("none").classify(batch())
     with pytest.raises(ValueError, match="makes 7 tokens"):
-        room("text", text_encoder=RandomBytes(16, 7))
+        room("text", text_encoder=partial(RandomBytes, 16, 7)).sample([1])

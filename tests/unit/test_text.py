@@ -290,6 +290,20 @@ def test_a_shard_that_goes_while_training(root: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.stack([row["valid"] for row in parts]), expected)
 
 
+def test_a_shard_that_was_away_while_tokens_were_counted(root: Path) -> None:
+    """Its documents have no places, so they count as bad, although they can be read later."""
+    for member, folder in (("txt", root), ("tok", root.with_name("bytes"))):
+        data = text(folder, member=member, max_bad_fraction=0.5, batch_size=4)
+        source = data.source_of("train")
+        real = type(source).sizes
+        source.sizes = lambda shard, name, r=real, s=source: r(s, shard, name) * (shard != 2)  # type: ignore
+        length = data.training_sequence().length()
+        del source.sizes
+        list(rows(data, 2 * length))
+        away = range(int(source.starts[2]), int(source.starts[3]))
+        assert data.bad_samples == sum(len(document(number)) > 0 for number in away) > 5
+
+
 def test_settings_that_cannot_be(root: Path, tmp_path: Path) -> None:
     for change, told in (
         ({"length": 0}, r"data\.length=0: expected at least 1 token\."),
