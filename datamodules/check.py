@@ -116,11 +116,12 @@ class _ShardCheck:
         self.fraction = fraction
         self.classes = classes or len(card.get("classes", ())) or None
         self.problems: list[Problem] = []
+        self._intact = False
 
     def run(self) -> _ShardReport:
         empty = np.zeros(0, dtype="S1")
         try:
-            self._check_file()
+            self._intact = self._check_file()
             index = tarindex.scan(self.path)
             labels = survey.labels(self.path, index)
             shapes = survey.shapes(self.path, index)
@@ -130,6 +131,8 @@ class _ShardCheck:
             return _ShardReport(self.problems, survey.facts(self.path, index, labels, shapes), decoded, index.keys)
         except FileNotFoundError:
             self._add("", f"listed in {catalogue.FILE_NAME}, but missing" if self.entry else "missing")
+            for key, _ in tarindex.written_sums(self.path):
+                self._add(key, "is lost")
         except OSError as error:
             self._add("", f"cannot be read ({error.strerror or error})")
         return _ShardReport(self.problems, Facts(), 0, empty)
@@ -137,14 +140,18 @@ class _ShardCheck:
     def _add(self, key: str, text: str) -> None:
         self.problems.append(Problem(self.path.name, key, text))
 
-    def _check_file(self) -> None:
+    def _check_file(self) -> bool:
+        """Size and hash; whether the shard is known to be as it was written."""
         size = self.path.stat().st_size
         if self.entry is None:
-            return
+            return False
         if size != self.entry.bytes:
             self._add("", f"{size} bytes, {catalogue.FILE_NAME} says {self.entry.bytes}")
-        elif catalogue.sha256(self.path) != self.entry.sha256:
+            return False
+        if catalogue.sha256(self.path) != self.entry.sha256:
             self._add("", f"its sha256 is not the one in {catalogue.FILE_NAME}")
+            return False
+        return True
 
     def _check_index(self, index: TarIndex, shapes: NDArray[np.int64] | None) -> None:
         """Headers, counts, keys, and the index file."""
@@ -152,6 +159,7 @@ class _ShardCheck:
         if index.problem:
             self._add(index.problem_key, index.problem)
             named.add(index.problem_key)
+        if index.problem or (self.entry is not None and not self._intact):
             for key, text in self._lost(index):
                 if key not in named:
                     self._add(key, text)
@@ -172,7 +180,7 @@ class _ShardCheck:
         have = {index.key(row) for row in range(len(index))}
         met: set[str] = set()
         last = ""
-        for key in _surviving_keys(self.path):
+        for key in _surviving_keys(self.path) if index.problem else ():
             if key == last:
                 continue
             if key in met:
@@ -181,7 +189,7 @@ class _ShardCheck:
                 yield key, "lies behind the damage and is not read"
             met.add(key)
             last = key
-        for key in _keys_beside(self.path):
+        for key, _ in tarindex.written_sums(self.path):
             if key not in have and key not in met:
                 yield key, "is lost"
 
@@ -213,7 +221,10 @@ class _ShardCheck:
             for column, name in enumerate(index.extensions)
             if 2 * int((index.offsets[:, column] >= 0).sum()) > len(index)
         }
+        if self._intact:  # so it was written: not every image needs to have a further caption
+            common = {name for name in common if not name.endswith(".txt")}
         pictures = {name for name in index.extensions if name in IMAGE_EXTENSIONS}
+        changed = {} if self._intact else self._changed(index)
         with self.path.open("rb") as file:
             for row in range(len(index)):
                 key = index.key(row)
@@ -224,11 +235,26 @@ class _ShardCheck:
                 lacking = common - present - (pictures if pictures & present else set())
                 for name in sorted(lacking):
                     self._add(key, f"lacks .{name}, which other samples of the shard have")
-                for name, data in members.items():
-                    wrong = fault(name, data, self.card.get(name))
-                    if wrong:
+                faults = {name: fault(name, data, self.card.get(name)) for name, data in members.items()}
+                faults = {**changed.get(row, {}), **{name: wrong for name, wrong in faults.items() if wrong}}
+                for name, wrong in faults.items():
+                    if name not in lacking:
                         self._add(key, f".{name}: {wrong}")
         return decoded
+
+    def _changed(self, index: TarIndex) -> dict[int, dict[str, str]]:
+        """Members of each row that are not those for which the index file beside the shard was written."""
+        written = {key: sums for key, sums in tarindex.written_sums(self.path) if sums}
+        found = tarindex.member_sums(self.path, index) if written else np.zeros((0, 0), dtype=np.uint32)
+        changed: dict[int, dict[str, str]] = {}
+        for row, (sums, places) in enumerate(zip(found.tolist(), index.offsets.tolist(), strict=False)):
+            pairs = zip(index.extensions, sums, places, strict=True)
+            now = {name: value for name, value, place in pairs if place >= 0}
+            for name, value in written.get(index.key(row), now).items():
+                if now.get(name) != value:
+                    text = "has changed since it was written" if name in now else "is lost"
+                    changed.setdefault(row, {})[name] = text
+        return changed
 
 
 def fault(extension: str, data: bytes, card: Any = None) -> str:
@@ -290,15 +316,6 @@ def _surviving_keys(path: Path) -> list[str]:
     return found
 
 
-def _keys_beside(path: Path) -> list[str]:
-    """Keys that the index file beside a shard lists."""
-    try:
-        with np.load(tarindex.sidecar(path), allow_pickle=False) as table:
-            return [bytes(key).decode("utf-8", "surrogateescape") for key in table["keys"]]
-    except Exception:  # absent or unreadable
-        return []
-
-
 def _unlisted(
     paths: Sequence[Path], known: dict[Path, ShardEntry | None], cards: dict[Path, dict[str, Any]]
 ) -> list[Problem]:
@@ -330,6 +347,9 @@ def _compare_keys(names: Sequence[str], keys: Sequence[NDArray[np.bytes_]], repo
 
 
 def _add_notes(report: Report, known: dict[Path, ShardEntry | None]) -> None:
+    for name, (count, _) in sorted(report.facts.members.items()):
+        if name.endswith(".txt") and count < report.facts.samples:
+            report.notes.append(f"{report.facts.samples - count} of {report.facts.samples} samples have no .{name}")
     degree = report.facts.sortedness()
     if degree is not None and degree > SORTED:
         report.notes.append(

@@ -216,15 +216,16 @@ class ImageText(Images):
             raise ValueError("data.flip=true mirrors images only, not data.latents. Set data.flip=false.")
 
     def _texts(self, training: bool) -> Columns:
-        names = list(self.captions)
-        shares = list(self.captions.values())
+        first = list(self.captions)[:1]
+        names = sorted(self.captions)  # the order they are written in decides nothing but the one for validation
+        shares = [self.captions[name] for name in names]
 
         def column(items: Items) -> Captions:
             suffix = self.caption_suffix.replace(_RATIO, self.shape_for(items)[1])
 
             def pick(rows: slice | list[int], samples: Ints) -> list[str]:
                 if not training or len(names) == 1:
-                    return names[:1] * len(samples)
+                    return first * len(samples)
                 bits = sample_bits(self.seed, items.epochs[rows], samples, CAPTION)
                 return [names[number] for number in choose(bits, shares)]
 

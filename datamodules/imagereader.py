@@ -132,7 +132,7 @@ class SampleReader:
 class Pictures:
     """The column "image": uint8 (B, C, H, W), a channels-last view of a recycled buffer.
 
-    With a flip seed there is "flip" too, bool (B,): which images are to be mirrored, drawn from (seed, epoch, sample).
+    With a flip seed half of them are mirrored, drawn from (seed, epoch, sample).
 
     Args:
         items: the batch's items.
@@ -152,24 +152,33 @@ class Pictures:
         flip_seed: int | None,
         ratio: str | None,
     ) -> None:
-        self._items = items
+        self._epochs = items.epochs
+        self._first: list[int] = items.samples.tolist()
         self._ratio = ratio
         self._flip_seed = flip_seed
+        self._mirrored = self._drawn(items.epochs, items.samples)
         self._pixels = buffers.take((len(items.positions), *shape, channels))
 
     def take(self, row: int, sample: int, members: Members) -> None:
         """Decode the image of one sample."""
-        decode_into(picture_of(members), self._pixels[row])
+        mirrored = self._mirrored[row]
+        if sample != self._first[row]:  # a replacement draws for itself
+            mirrored = self._drawn(self._epochs[row : row + 1], np.array([sample], dtype=np.int64))[0]
+        decode_into(picture_of(members), self._pixels[row], mirrored)
 
     def entries(self) -> Batch:
-        """The images, and which of them to mirror."""
+        """The images."""
         batch: Batch = {"image": torch.from_numpy(self._pixels).permute(0, 3, 1, 2)}
-        if self._flip_seed is not None:
-            bits = sample_bits(self._flip_seed, self._items.epochs, self._items.samples)
-            batch["flip"] = torch.from_numpy((bits & np.uint64(1)).astype(bool))
         if self._ratio is not None:
             batch["bucket"] = self._ratio
         return batch
+
+    def _drawn(self, epochs: Ints, samples: Ints) -> list[bool]:
+        """Which samples to mirror."""
+        if self._flip_seed is None:
+            return [False] * len(samples)
+        mirrored: list[bool] = (sample_bits(self._flip_seed, epochs, samples) & np.uint64(1)).astype(bool).tolist()
+        return mirrored
 
 
 class Labels:

@@ -42,8 +42,7 @@ class Images(ShardData):
         val_batch_size: validation samples per batch over all ranks; None for as many as a training pass takes.
         workers: reader threads per rank; 0 reads in the training thread.
         window: shards whose samples are mixed with one another.
-        flip: mirror half of the training images, drawn from (seed, epoch, sample). It happens on the training device:
-            batches leave the loader with "flip" bool (B,), and reach the module mirrored and without it.
+        flip: mirror half of the training images, drawn from (seed, epoch, sample).
         buckets: shapes for training images of several aspect ratios. Every update has images of one shape, resized to
             cover it and centre-cropped; None for squares. Validation always has squares.
         seed: seed of the order and of the flips.
@@ -156,7 +155,7 @@ class Images(ShardData):
         return [self.pictures(training), *([self.labels(split)] if self.num_classes else [])]
 
     def pictures(self, training: bool) -> Columns:
-        """Fills "image", in training with the shape of the batch's bucket, and "flip"."""
+        """Fills "image", in training with the shape of the batch's bucket."""
         buffers = Buffers(self.buffers)
         flip_seed = self.seed if self.flip and training else None
 
@@ -187,18 +186,6 @@ class Images(ShardData):
             return source.measured(shard, "shape", lambda members: shape_of(picture_of(members)), 2)
 
         return BucketOrder(lookup, self.buckets, shapes, self.batch_size)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Mirror the images that "flip" says, all at once where they are, which costs a core nothing."""
-        if isinstance(batch, dict) and "flip" in batch:
-            image, flip = batch["image"], batch.pop("flip")
-            if image.device.type == "cpu":  # image by image inside the caches: 13 times as fast as all at once
-                for row in flip.nonzero().ravel().tolist():
-                    picture = image[row : row + 1]  # torch has a fast kernel for four dimensions with channels last
-                    picture.copy_(picture.flip(3))
-            else:
-                batch["image"] = torch.where(flip[:, None, None, None], image.flip(3), image)
-        return batch
 
     def check_source(self, source: Source, setting: str) -> None:
         """Refuse a source without images, or whose labels do not fit ``num_classes``."""

@@ -132,7 +132,7 @@ class ShardSet:
         if len(data) < end - begin:
             raise BadSample(_cut(self.names[shard], index.key(row), begin + len(data), end))
         members: Members = {}
-        for extension, offset, size in zip(index.extensions, offsets, sizes, strict=True):
+        for extension, offset, size in zip(index.extensions, offsets, sizes, strict=False):
             if offset < 0:
                 continue
             at = offset - begin

@@ -4,13 +4,15 @@ A raw scan of the tar headers finds what a streaming reader passes over in silen
 the middle (which end a tar early without an error), damaged headers and duplicate keys.
 
 An index is kept as ``<shard>.idx.npz`` beside the shard by whoever writes a data set, and otherwise in the user's
-cache. Either way it costs 12 bytes per member and the length of the longest key per sample.
+cache. Either way it costs 12 bytes per member and the length of the longest key per sample; beside the shard another 4
+per member, a checksum that tells which samples have changed since.
 """
 
 import hashlib
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +30,7 @@ _NOT_SAMPLES = re.compile(r"__[^/]*__($|/)")  # names webdataset keeps for itsel
 _CACHED_FROM = 1000  # samples; a smaller shard is scanned about as fast as its cache file is opened
 _FORMAT = 2
 _MEASURED = "measured/"
+_SUMS = "crc32"
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,38 @@ def write_sidecar(path: Path, index: TarIndex, measured: Mapping[str, NDArray[np
     """
     columns = {f"{_MEASURED}{name}": np.asarray(table, np.int64) for name, table in (measured or {}).items()}
     made = sidecar(path)
-    _save(made, {**_arrays(replace(index, size=path.stat().st_size)), **columns})
+    sums = {_SUMS: member_sums(path, index)}
+    _save(made, {**_arrays(replace(index, size=path.stat().st_size)), **columns, **sums})
     return made
+
+
+def member_sums(path: Path, index: TarIndex) -> NDArray[np.uint32]:
+    """CRC-32 of every member of a shard, (n, k); 0 where the sample lacks it.
+
+    Raises:
+        OSError: the shard cannot be read.
+    """
+    sums = np.zeros(index.offsets.shape, dtype=np.uint32)
+    with path.open("rb") as file:
+        for row, column in np.argwhere(index.offsets >= 0):
+            data = os.pread(file.fileno(), int(index.sizes[row, column]), int(index.offsets[row, column]))
+            sums[row, column] = zlib.crc32(data)
+    return sums
+
+
+def written_sums(path: Path) -> list[tuple[str, dict[str, int]]]:
+    """What the index file beside a shard says: key and checksum by extension of every sample; empty without one."""
+    try:
+        with np.load(sidecar(path), allow_pickle=False) as table:
+            keys = [bytes(key).decode("utf-8", "surrogateescape") for key in table["keys"]]
+            names, there = [str(name) for name in table["extensions"]], (table["offsets"] >= 0).tolist()
+            sums = table[_SUMS].tolist() if _SUMS in table else [[]] * len(keys)
+    except Exception:  # absent or unreadable
+        return []
+    return [
+        (key, {name: value for name, value, held in zip(names, row, present, strict=False) if held})
+        for key, row, present in zip(keys, sums, there, strict=True)
+    ]
 
 
 def load(path: Path) -> TarIndex:

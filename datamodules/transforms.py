@@ -24,7 +24,7 @@ _RGB_FAMILY = ("RGB", "YCbCr", "Gray")
 _JPEG = b"\xff\xd8"
 
 
-def decode_into(data: bytes, out: Pixels) -> None:
+def decode_into(data: bytes, out: Pixels, mirrored: bool = False) -> None:
     """Decode one PNG, JPEG or WebP image, resize it until it just covers the output, and crop the centre.
 
     A JPEG of the right size is decoded in place. Transparency is dropped. Any other size is resampled (antialiased,
@@ -34,18 +34,20 @@ def decode_into(data: bytes, out: Pixels) -> None:
     Args:
         data: the file's bytes.
         out: uint8 (height, width, channels) with 1 or 3 channels, contiguous; receives the pixels, 0..255.
+        mirrored: swap left and right at the end.
 
     Raises:
         ValueError: the bytes are not a readable image.
     """
+    decode = _decode_jpeg if data[:2] == _JPEG else _decode_other
     try:
-        pixels = _decode_jpeg(data, out) if data[:2] == _JPEG else _decode_other(data, out.shape[2])
+        pixels = decode(data, out, mirrored)
     except UnidentifiedImageError as error:
         raise ValueError(f"not a readable image (unknown format, the first bytes are {data[:8]!r})") from error
     except Exception as error:  # decoders raise a dozen types for broken input
         raise ValueError(f"not a readable image ({type(error).__name__}: {error})") from error
     if pixels is not out:
-        _fit(pixels, out)
+        _fit(pixels, out, mirrored)
 
 
 def shape_of(data: bytes) -> tuple[int, int]:
@@ -76,12 +78,13 @@ def picture_of(members: dict[str, bytes]) -> bytes:
     raise ValueError(f"no image among its members ({', '.join(members)})")
 
 
-def _decode_jpeg(data: bytes, out: Pixels) -> Pixels:
+def _decode_jpeg(data: bytes, out: Pixels, swapped: bool) -> Pixels:
+    """Pixels in the shape of the file, in ``out`` if that is right; the channels in reverse order if ``swapped``."""
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     if colours not in _RGB_FAMILY:  # CMYK and YCCK, where simplejpeg differs from Pillow
-        return _decode_other(data, out.shape[2])
-    wanted = "GRAY" if out.shape[2] == 1 else "RGB"
-    if (height, width) == out.shape[:2]:
+        return _decode_other(data, out, swapped)
+    wanted = "GRAY" if out.shape[2] == 1 else "BGR" if swapped else "RGB"
+    if (height, width) == out.shape[:2] and not swapped:
         simplejpeg.decode_jpeg(data, colorspace=wanted, buffer=out)
         return out
     if height * width > _MAX_PIXELS:
@@ -99,18 +102,21 @@ def _scratch(size: int) -> Pixels:
     return memory[:size]
 
 
-def _decode_other(data: bytes, channels: int) -> Pixels:
+def _decode_other(data: bytes, out: Pixels, swapped: bool) -> Pixels:
+    """Pixels in the shape of the file; the channels in reverse order if ``swapped``."""
+    channels = out.shape[2]
     with Image.open(io.BytesIO(data)) as image:
         if image.width * image.height > _MAX_PIXELS:  # Pillow itself only warns up to twice as many
             raise ValueError(f"{image.width}x{image.height} pixels, more than {_MAX_PIXELS}")
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"pixels of mode {image.mode}, expected 8 bits per channel")
         pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
-    return pixels.reshape(*pixels.shape[:2], channels)
+    pixels = pixels.reshape(*pixels.shape[:2], channels)
+    return pixels[:, :, ::-1].copy() if swapped else pixels
 
 
-def _fit(pixels: Pixels, out: Pixels) -> None:
-    """Resize so that the picture covers ``out`` without distortion, and copy the centre."""
+def _fit(pixels: Pixels, out: Pixels, reverse: bool) -> None:
+    """Resize so that the picture covers ``out`` without distortion, and copy the centre, each row from its end."""
     rows, columns = out.shape[:2]
     height, width = pixels.shape[:2]
     # Truncation of the longer side and rounding of the crop are torchvision's, as the published recipes used.
@@ -122,4 +128,20 @@ def _fit(pixels: Pixels, out: Pixels) -> None:
         planes = functional.interpolate(planes, shape, mode="bicubic", antialias=True)
         pixels = planes[0].permute(1, 2, 0).numpy()
     top, left = round((shape[0] - rows) / 2), round((shape[1] - columns) / 2)
-    out[...] = pixels[top : top + rows, left : left + columns]
+    centre = pixels[top : top + rows, left : left + columns]
+    if reverse:
+        _reverse_rows(centre, out)
+    else:
+        out[...] = centre
+
+
+def _reverse_rows(pixels: Pixels, out: Pixels) -> None:
+    """Copy with the bytes of every row in reverse order, which mirrors it and reverses its channels.
+
+    Words of eight bytes take a fifteenth of the time that pixels of three bytes take.
+    """
+    target, source = out.reshape(len(out), -1), np.ascontiguousarray(pixels).reshape(len(out), -1)
+    if target.shape[1] % 8:
+        target[...] = source[:, ::-1]
+    else:
+        target.view("<u8")[...] = source.view(">u8")[:, ::-1]

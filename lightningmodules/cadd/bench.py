@@ -34,8 +34,8 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.threads == 1 else time.perf_counter
     print(
-        f"width {HIDDEN}, {BLOCKS} blocks, vocabulary {args.vocabulary} and a mask, {args.length} tokens, float32, batch "
-        f"{args.batch}, {args.steps} steps, {args.threads} thread(s), torch {torch.__version__}, seed {args.seed}; "
+        f"width {HIDDEN}, {BLOCKS} blocks, vocabulary {args.vocabulary} and a mask, {args.length} tokens, float32, "
+        f"batch {args.batch}, {args.steps} steps, {args.threads} thread(s), torch {torch.__version__}, seed {args.seed}; "
         f"{'CPU' if clock is time.process_time else 'wall'} seconds, best of {args.repeats}"
     )
     bench = InTurn(clock, args.repeats)

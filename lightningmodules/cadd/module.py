@@ -236,7 +236,7 @@ class Cadd(GenerativeModule):
         with torch.no_grad():
             hidden = self.net.trunk(embedded, condition, **where)
             logits = self._real(self.net.logits(hidden, condition, at).float())
-            guess = process.estimate(logits, self.latent_rows(), "soft")
+            guess = process.estimate(logits.log_softmax(dim=1), self.latent_rows(), "soft")
         return self.net.fuse(embedded, at, guess)
 
     def _real(self, logits: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def estimate(
     """The clean latent that a prediction stands for.
 
     Args:
-        log_probs: log-probabilities of tokens, (N, V).
+        log_probs: log-probabilities of tokens, normalised, (N, V).
         table: latent of every token, (V, d).
         kind: "hard", the latent of the likeliest token; "soft", the mean; "sampled", that of a token drawn.
         temperature: log-probabilities are divided by it, > 0.
@@ -153,12 +153,13 @@ def estimate(
     """
     if kind == "hard":
         return table[log_probs.argmax(dim=-1)]
+    shaped = log_probs
     if temperature != 1.0:
-        log_probs = log_probs / temperature
-    if top_k and top_k < log_probs.shape[-1]:
-        least = log_probs.topk(top_k, dim=-1).values[..., -1:]
-        log_probs = log_probs.masked_fill(log_probs < least, -torch.inf)
-    probs = log_probs.softmax(dim=-1)
+        shaped = shaped / temperature
+    if top_k and top_k < shaped.shape[-1]:
+        least = shaped.topk(top_k, dim=-1).values[..., -1:]
+        shaped = shaped.masked_fill(shaped < least, -torch.inf)
+    probs = log_probs.exp() if shaped is log_probs else shaped.softmax(dim=-1)
     if kind == "soft":
         return probs.to(table.dtype) @ table
     assert uniform is not None, "a sampled estimate needs draws"

@@ -1,8 +1,8 @@
-"""Masked diffusion written down the obvious way: the yardstick of ``bench.py`` and an independent opinion for the tests.
+"""Masked diffusion written down the obvious way: the yardstick of ``bench.py``, an independent opinion for the tests.
 
-Nothing here is used to train or sample. It shares the parameters of a ``CaddNet`` and none of its code: every position is
-projected to the vocabulary, the whole SUBS tensor is made, all positions are drawn at every step with Gumbel noise, and
-a prediction is kept only while no token of the whole batch changed.
+Nothing here is used to train or sample. It shares the parameters of a ``CaddNet`` and none of its code: every position
+is projected to the vocabulary, the whole SUBS tensor is made, all positions are drawn at every step with Gumbel noise,
+and a prediction is kept only while no token of the whole batch changed.
 """
 
 import math

@@ -38,7 +38,7 @@ class Predictor(Protocol):
     cost: int
 
     def predict(self, tokens: Tensor, where: Tensor, t: Tensor) -> Tensor:
-        """Log-probabilities (N, V) float32 of the N positions ``where`` (n, L) bool holds, row by row.
+        """Normalised log-probabilities (N, V) float32 of the N positions ``where`` (n, L) bool holds, row by row.
 
         Args:
             tokens: (n, L) int64; only rows with a position in ``where`` cost anything.
@@ -82,7 +82,8 @@ class Draw:
             raise ValueError(f"sampling.top_k={self.top_k}: expected a number of tokens >= 0; 0 is off.")
 
     def shape(self, log_probs: Tensor, t: Tensor) -> Tensor:
-        """Log-probabilities (N, V) after temperature and cuts; ``t`` (N,) is the time of each."""
+        """Normalised log-probabilities (N, V) after temperature and cuts; ``t`` (N,) is the time of each."""
+        given = log_probs
         if self.temperature_start is not None:
             height = torch.sin(0.5 * math.pi * t)
             tau = self.temperature + (self.temperature_start - self.temperature) * height
@@ -97,7 +98,7 @@ class Draw:
             before = ordered.exp().cumsum(dim=1) - ordered.exp()
             cut = (before >= self.top_p).scatter(1, index, before >= self.top_p)
             log_probs = log_probs.masked_fill(cut, -torch.inf)
-        return log_probs.log_softmax(dim=1)
+        return given if log_probs is given else log_probs.log_softmax(dim=1)
 
     def tokens(self, log_probs: Tensor, uniform: Tensor) -> Tensor:
         """One token per row of shaped log-probabilities (N, V), from (N,) draws in [0, 1)."""
