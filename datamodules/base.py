@@ -203,13 +203,10 @@ class ShardData(L.LightningDataModule):
 
     def teardown(self, stage: str | None = None) -> None:
         """End all reader threads and close all files."""
-        for source in self._sources.values():
-            source.close()  # aborts downloads that threads wait for
-        for loader in list(self._loaders):
-            loader.close()
+        sources: list[Any] = list(self._sources.values())
+        for opened in [*sources, *self._loaders, *sources]:  # at first to abort downloads that threads wait for
+            opened.close()
         self._loaders.clear()
-        for source in self._sources.values():
-            source.close()
 
     def describe(self) -> dict[str, Any]:
         """Facts for the start screen and the provenance record."""

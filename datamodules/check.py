@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from webdataset.tariterators import base_plus_ext
 
-from datamodules import catalogue, survey, tarindex
+from datamodules import catalogue, manifest, salvage, survey, tarindex
 from datamodules.catalogue import ShardEntry
 from datamodules.inputs.accept import whole
 from datamodules.inputs.entries import Refused
@@ -99,6 +97,7 @@ def check(
         report.decoded += result.decoded
         keys.append(result.keys)
     report.problems += _unlisted(paths, known, cards)
+    report.problems += _compare_manifests(paths, keys, known, cards, report)
     _compare_keys([p.name for p in paths], keys, report)
     _add_notes(report, known)
     return report
@@ -177,20 +176,14 @@ class _ShardCheck:
 
     def _lost(self, index: TarIndex) -> Iterator[tuple[str, str]]:
         """Samples that the damage hides: repeated keys, what lies behind it, and what the index file knows."""
-        have = {index.key(row) for row in range(len(index))}
-        met: set[str] = set()
-        last = ""
-        for key in _surviving_keys(self.path) if index.problem else ():
-            if key == last:
-                continue
-            if key in met:
-                yield key, "its key appears again, and what stands there is not read"
-            elif key not in have:
-                yield key, "lies behind the damage and is not read"
-            met.add(key)
-            last = key
+        met = {index.key(row) for row in range(len(index))}
+        if index.problem:
+            with self.path.open("rb") as file:
+                for key, text in salvage.hidden(file.fileno(), index):
+                    met.add(key)
+                    yield key, text
         for key, _ in tarindex.written_sums(self.path):
-            if key not in have and key not in met:
+            if key not in met:
                 yield key, "is lost"
 
     def _check_labels(self, index: TarIndex, labels: NDArray[np.int64]) -> None:
@@ -221,10 +214,9 @@ class _ShardCheck:
             for column, name in enumerate(index.extensions)
             if 2 * int((index.offsets[:, column] >= 0).sum()) > len(index)
         }
-        if self._intact:  # so it was written: not every image needs to have a further caption
-            common = {name for name in common if not name.endswith(".txt")}
         pictures = {name for name in index.extensions if name in IMAGE_EXTENSIONS}
-        changed = {} if self._intact else self._changed(index)
+        written = {} if self._intact else {key: sums for key, sums in tarindex.written_sums(self.path) if sums}
+        changed = self._changed(index, written)
         with self.path.open("rb") as file:
             for row in range(len(index)):
                 key = index.key(row)
@@ -233,6 +225,8 @@ class _ShardCheck:
                 decoded += chosen
                 present = {n for column, n in enumerate(index.extensions) if index.offsets[row, column] >= 0}
                 lacking = common - present - (pictures if pictures & present else set())
+                if self._intact or key in written:  # so it was written: a further caption is not for every image
+                    lacking = {name for name in lacking if not name.endswith(".txt")}
                 for name in sorted(lacking):
                     self._add(key, f"lacks .{name}, which other samples of the shard have")
                 faults = {name: fault(name, data, self.card.get(name)) for name, data in members.items()}
@@ -242,9 +236,8 @@ class _ShardCheck:
                         self._add(key, f".{name}: {wrong}")
         return decoded
 
-    def _changed(self, index: TarIndex) -> dict[int, dict[str, str]]:
+    def _changed(self, index: TarIndex, written: dict[str, dict[str, int]]) -> dict[int, dict[str, str]]:
         """Members of each row that are not those for which the index file beside the shard was written."""
-        written = {key: sums for key, sums in tarindex.written_sums(self.path) if sums}
         found = tarindex.member_sums(self.path, index) if written else np.zeros((0, 0), dtype=np.uint32)
         changed: dict[int, dict[str, str]] = {}
         for row, (sums, places) in enumerate(zip(found.tolist(), index.offsets.tolist(), strict=False)):
@@ -302,20 +295,6 @@ def _chosen(key: str, fraction: float) -> bool:
     return int.from_bytes(digest, "little") < fraction * 2.0**64
 
 
-def _surviving_keys(path: Path) -> list[str]:
-    """Keys of every member whose header can still be found, also behind zeros and damaged headers."""
-    found: list[str] = []
-    try:
-        with tarfile.open(path, "r:", ignore_zeros=True) as archive:
-            for member in archive:
-                stem = base_plus_ext(member.name)[0]
-                if member.isreg() and stem is not None:
-                    found.append(stem)
-    except (tarfile.TarError, OSError, EOFError, ValueError):  # the rest is cut off
-        pass
-    return found
-
-
 def _unlisted(
     paths: Sequence[Path], known: dict[Path, ShardEntry | None], cards: dict[Path, dict[str, Any]]
 ) -> list[Problem]:
@@ -324,6 +303,26 @@ def _unlisted(
         for path in paths
         if known[path] is None and path.parent in cards
     ]
+
+
+def _compare_manifests(
+    paths: Sequence[Path],
+    keys: Sequence[NDArray[np.bytes_]],
+    known: dict[Path, ShardEntry | None],
+    cards: dict[Path, dict[str, Any]],
+    report: Report,
+) -> list[Problem]:
+    """What the manifests say otherwise, but for samples that are named already."""
+    named = {(problem.shard, problem.key) for problem in report.problems if problem.key}
+    found: list[Problem] = []
+    for folder in dict.fromkeys(path.parent for path in paths):
+        held = {p.name: part for p, part in zip(paths, keys, strict=True) if p.parent == folder}
+        listed = [path for path in paths if path.parent == folder and known[path] is not None]
+        index = catalogue.read(folder)
+        whole = index is not None and len(listed) == len(index.shards)
+        ours = held if index is None else {path.name: held[path.name] for path in listed}
+        found += [Problem(*one) for one in manifest.compare(folder, cards.get(folder, {}), ours, whole)]
+    return [problem for problem in found if (problem.shard, problem.key) not in named]
 
 
 def _compare_keys(names: Sequence[str], keys: Sequence[NDArray[np.bytes_]], report: Report) -> None:

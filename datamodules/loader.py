@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from torchdata.nodes import IterableWrapper, ParallelMapper
 
+from datamodules.memory import empty
+
 P = TypeVar("P")
 B = TypeVar("B")
 
@@ -100,7 +102,7 @@ class Buffers:
         try:
             memory = self._free.get((shape, kind), []).pop()
         except IndexError:
-            memory = np.empty(shape, dtype=kind)
+            memory = empty(shape, kind)
         view = memory.view()
         weakref.finalize(view, self._give_back, memory).atexit = False
         return view

@@ -5,10 +5,11 @@ import logging
 
 import numpy as np
 
-from datamodules import catalogue
+from datamodules import catalogue, tarindex
 from datamodules.catalogue import ShardEntry
 from datamodules.files import Files
 from datamodules.order import Ints
+from datamodules.salvage import hidden
 from datamodules.tarindex import TarIndex, cache_folder
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def take_stock(files: Files, setting: str, max_bad_fraction: float, checked_byte
     counts: Ints = np.zeros(len(files.names), dtype=np.int64)
     every = sum(files.sizes)
     found: list[str] = []
+    named: list[str] = []
     lost = total = 0
     if every > _ANNOUNCED_BYTES and None in files.entries:
         log.info("%s: indexing %s of shards once, for %s", setting, mebibytes(every), cache_folder())
@@ -46,6 +48,9 @@ def take_stock(files: Files, setting: str, max_bad_fraction: float, checked_byte
         problem, kept, missing = _examine(files, shard, entry, size)
         if entry is None:
             counts[shard] = kept
+            unread = _hidden(files, shard) if problem else []
+            named += unread
+            missing = max(missing, len(unread))
         if problem:
             found.append(problem)
             lost += missing
@@ -59,9 +64,19 @@ def take_stock(files: Files, setting: str, max_bad_fraction: float, checked_byte
             f"{setting}: {found[0]}.{more} Copy the shard again ({files.place}), "
             f"or accept the loss with data.max_bad_fraction={_share(lost, total)}."
         )
-    for text in found:
+    for text in found + named:
         log.warning("%s: %s", setting, text)
     return counts
+
+
+def _hidden(files: Files, shard: int) -> list[str]:
+    """Every sample of a damaged shard that can be named, but not be read."""
+    try:
+        with open(files.open(shard), "rb") as file:
+            index = tarindex.scan_open(file.fileno())
+            return [f"{files.names[shard]}, sample {key}: {text}" for key, text in hidden(file.fileno(), index)]
+    except OSError:
+        return []
 
 
 def _passes(files: Files, shard: int, entry: ShardEntry, hashed: bool) -> bool:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch.nn import functional
 
+from datamodules.memory import empty
+
 Pixels = NDArray[np.uint8]
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
@@ -98,7 +100,7 @@ def _scratch(size: int) -> Pixels:
     """Memory of this thread for an image that is resized at once; fresh pages would cost more than the resize."""
     memory: Pixels | None = getattr(_thread, "memory", None)
     if memory is None or memory.size < size:
-        memory = _thread.memory = np.empty(size, dtype=np.uint8)
+        memory = _thread.memory = empty((size,))
     return memory[:size]
 
 

@@ -76,8 +76,8 @@ class EdmZip(Inputs):
         if member.filename not in self._labels:
             raise Refused("no class", f"not in {LABELS}")
         label = self._labels[member.filename]
-        if label < 0:
-            raise Refused("bad class", f"{label}, expected 0 or more")
+        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+            raise Refused("bad class", f"{label!r}, expected a whole number of 0 or more"[:200])
         return Item(data, label=label)
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ def _acceptable(member: zipfile.ZipInfo, seen: set[str]) -> None:
     seen.add(member.filename)
 
 
-def _labels(archive: zipfile.ZipFile, source: Path) -> dict[str, int] | None:
+def _labels(archive: zipfile.ZipFile, source: Path) -> dict[str, object] | None:
     """Class by name, or None where there are none."""
     if LABELS not in archive.namelist():
         return None
@@ -105,7 +105,7 @@ def _labels(archive: zipfile.ZipFile, source: Path) -> dict[str, int] | None:
     try:
         content: Any = json.loads(archive.read(LABELS))
         labels = content["labels"]
-        found = None if labels is None else {str(name): int(label) for name, label in labels}
+        found = None if labels is None else {str(name): label for name, label in labels}
     except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{source}: {LABELS} cannot be understood ({type(error).__name__}: {error}). "

@@ -35,7 +35,8 @@ def main(argv: list[str]) -> int:
     clock = time.process_time if args.threads == 1 else time.perf_counter
     print(
         f"width {HIDDEN}, {BLOCKS} blocks, vocabulary {args.vocabulary} and a mask, {args.length} tokens, float32, "
-        f"batch {args.batch}, {args.steps} steps, {args.threads} thread(s), torch {torch.__version__}, seed {args.seed}; "
+        f"batch {args.batch}, {args.steps} steps, {args.threads} thread(s), torch {torch.__version__}, "
+        f"seed {args.seed}; "
         f"{'CPU' if clock is time.process_time else 'wall'} seconds, best of {args.repeats}"
     )
     bench = InTurn(clock, args.repeats)
@@ -152,6 +153,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="sequences at a time (default: 8)")
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence (default: 128)")
     parser.add_argument("--steps", type=int, default=64, help="sampling steps (default: 64)")
-    parser.add_argument("--vocabulary", type=int, default=8192, help="tokens (default: 8192)")
+    parser.add_argument("--vocabulary", type=int, default=256, help="tokens (default: 256)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: 0)")
     return parser.parse_args(argv)

@@ -1,11 +1,12 @@
 """CADD and its masked-diffusion baseline as a room of the house: draws noise, calls the formulas, reports terms."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from lightningmodules.base import GenerativeModule
 from lightningmodules.cadd import process
@@ -22,6 +23,7 @@ from lightningmodules.shared.samplers.masked import Counts, Draw, Grid, Order, P
 from lightningmodules.shared.token_transformer import without
 
 SWITCH: dict[Any, Latent] = {True: "on", False: "off", "on": "on", "off": "off", "selfcond": "selfcond"}
+CALLS = ("embed", "latents", "condition", "gated", "trunk", "logits", "cross_entropy")  # methods of the network
 SELF_CONDITIONED = 0.5  # share of training rows that see their own first prediction
 
 
@@ -105,7 +107,7 @@ class Cadd(GenerativeModule):
                 raise ValueError(f"module.{name}={value}: expected 0 to {high:g}.")
         if mse_coef < 0 or discrete_steps < 0:
             raise ValueError(f"module.mse_coef={mse_coef}, module.discrete_steps={discrete_steps}: expected >= 0.")
-        if isinstance(latent_rho, int | float) and latent_rho <= 0:
+        if latent_rho != "auto" and latent_rho <= 0:
             raise ValueError(f"module.latent_rho={latent_rho}: expected > 0 or auto (sqrt(2 ln vocabulary)).")
         self.needs = frozenset({"image" if isinstance(codec, PixelTokens) else "tokens"})  # type: ignore[misc]
         self.latent: Latent = SWITCH[latent]
@@ -138,6 +140,12 @@ class Cadd(GenerativeModule):
         if self.start is not None:
             load_start(self.net, self.start)
 
+    def configure_model(self) -> None:
+        """As every room; then a sharded network gathers its own weights for each of the calls made of it here."""
+        super().configure_model()
+        for name in CALLS:
+            register_fsdp_forward_method(self.net, name)  # does nothing unless the network is sharded
+
     def averaged(self) -> dict[str, nn.Module]:
         """The network."""
         return {"net": self.net}
@@ -157,13 +165,9 @@ class Cadd(GenerativeModule):
 
     def latent_rows(self, tokens: Tensor | None = None) -> Tensor:
         """Latents of tokens (N,), or of all tokens that can be predicted, in the order of the logits; float32."""
-        table = self.net.vocab_embed.embedding
-        if tokens is None:
-            rows = table[:-1] if self.codec.mask_id == len(table) - 1 else table
-        else:
-            rows = F.embedding(tokens, table)
-        rows = rows.detach() if self.latent_detach else rows
-        return process.unit_rows(rows, self.rho) if self.latent_norm == "unit" else rows.float()
+        last = self.codec.mask_id == self.net.vocabulary - 1
+        rows = self.net.latents(tokens, self.net.vocabulary - last, self.rho if self.latent_norm == "unit" else None)
+        return rows.detach() if self.latent_detach else rows
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -190,10 +194,10 @@ class Cadd(GenerativeModule):
             ce = F.cross_entropy(logits, targets, reduction="none")
             clean = self.latent_rows(targets) if clean is None else clean
             squared = (clean - logits.softmax(dim=1) @ self.latent_rows()).square().sum(dim=1)
-            terms = {"loss": (weight * (ce + self.mse_coef * squared)).sum(), "squared_error": squared.sum()}
-            terms["squared_error"] = terms["squared_error"] / max(1, len(at))
+            mean = squared.detach().sum() / max(1, len(at))
+            terms = {"loss": (weight * (ce + self.mse_coef * squared)).sum(), "squared_error": mean}
         else:
-            ce, _ = self.net.cross_entropy(hidden, condition, at, targets, self.codec.mask_id)
+            ce = self.net.cross_entropy(hidden, condition, at, targets, self.codec.mask_id)
             terms = {"loss": (weight * ce).sum()}
         return {**terms, "cross_entropy": ce.detach().sum() / max(1, len(at))}
 
@@ -214,7 +218,7 @@ class Cadd(GenerativeModule):
         tokens = masking.corrupt(x0, masked, self.codec.mask_id)
         condition = self.net.condition(noise_level(self.alpha, t) if self.timed else None, labels)
         where = layout(batch)
-        embedded, clean = self.net.vocab_embed(tokens), None
+        embedded, clean = self.net.embed(tokens), None
         if self.latent == "on":
             clean = self.latent_rows(x0.flatten()[at])
             noise = torch.randn_like(clean) if noise is None else noise
@@ -283,9 +287,8 @@ class Cadd(GenerativeModule):
                 f"A network of {self.num_classes} classes (module.net.num_classes) needs labels; the batch holds "
                 f"{sorted(batch)}. Point data at labelled shards, or set module.net.num_classes=0."
             )
-        labels: Tensor = batch["label"]
-        self._check_labels(labels)
-        return labels
+        self._check_labels(batch["label"])
+        return cast(Tensor, batch["label"])
 
     def _check_labels(self, labels: Tensor) -> None:
         if (

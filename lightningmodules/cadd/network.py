@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lightningmodules.cadd.process import unit_rows
 from lightningmodules.shared.codecs import Batch
 from lightningmodules.shared.token_transformer import FREQUENCIES, TokenTransformer, document_mask, sinusoids
 
@@ -67,6 +68,25 @@ class CaddNet(TokenTransformer):
         added: Tensor = self.time_map(sinusoids(sigma).to(self.time_map.weight.dtype))
         return super().condition(None, labels) + added
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embedded tokens (B, L, hidden)."""
+        embedded: Tensor = self.vocab_embed(tokens)
+        return embedded
+
+    def latents(self, tokens: Tensor | None, rows: int, radius: float | None) -> Tensor:
+        """Latents of tokens.
+
+        Args:
+            tokens: (N,); None for the first ``rows`` of the vocabulary.
+            rows: see there.
+            radius: norm to which every row is scaled; None takes the embedding as it is.
+
+        Returns:
+            (N, hidden) or (rows, hidden), float32.
+        """
+        found = self.vocab_embed.embedding[:rows] if tokens is None else self.embed(tokens)
+        return found.float().clone() if radius is None else unit_rows(found, radius)
+
     def fuse(self, embedded: Tensor, at: Tensor, latent: Tensor) -> Tensor:
         """Add a latent to embedded tokens.
 
@@ -83,8 +103,13 @@ class CaddNet(TokenTransformer):
         """
         latent = latent.to(embedded.dtype)
         if self.latent_gate is not None:
-            latent = latent * self.latent_gate
+            latent = self.gated(latent)
         return embedded.flatten(0, 1).index_add(0, at, latent).view_as(embedded)
+
+    def gated(self, latent: Tensor) -> Tensor:
+        """Features (N, hidden) times their learnt factors."""
+        assert self.latent_gate is not None
+        return latent * self.latent_gate
 
 
 def layout(batch: Batch) -> dict[str, Tensor | None]:

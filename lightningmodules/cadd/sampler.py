@@ -99,7 +99,7 @@ class Denoiser:
         if latent == "on":
             self.z = self._normal(shape[1])
         elif latent == "selfcond":
-            self.z = torch.zeros(shape[0], 1, shape[1], net.hidden, device=self.device)
+            self.z = torch.zeros(shape[0], shape[1], 1, net.hidden, device=self.device)
 
     # ---- predictions ----------------------------------------------------------------------------------------------
 
@@ -166,7 +166,7 @@ class Denoiser:
                 labels = torch.full_like(labels, -1)
             inputs, given = ([hidden], [labels]) if self.guidance == 0.0 else ([x, hidden], [given[0], labels])
         branches = len(inputs)
-        embedded = self.net.vocab_embed(torch.cat(inputs))
+        embedded = self.net.embed(torch.cat(inputs))
         if self.carries:
             embedded = self._fused(embedded, x, rows, which, branches, shadows)
         sigma = noise_level(self.schedule, t).repeat(branches) if self.timed else None
@@ -188,14 +188,18 @@ class Denoiser:
     def _fused(
         self, embedded: Tensor, x: Tensor, rows: Tensor, which: int, branches: int, shadows: Tensor | None
     ) -> Tensor:
-        z = self.z[rows, which]
-        if shadows is not None:
-            z = torch.cat([z, shadows[rows]], dim=1)
         at = (x == self.mask_id).flatten().nonzero().squeeze(1)
-        z = z.flatten(0, 1)[at] * self.motion.strength if self.motion.strength != 1.0 else z.flatten(0, 1)[at]
-        step = x.numel()
-        every = torch.cat([at + branch * step for branch in range(branches)])
-        return self.net.fuse(embedded, every, z.repeat(branches, 1))
+        row, place = rows[at // x.shape[1]], at % x.shape[1]
+        length = self.z.shape[1]
+        if shadows is None:
+            z = self.z.flatten(0, 1)[row * length + place, which]
+        else:
+            z = torch.cat([self.z[:, :, which], shadows], dim=1)[row, place]
+        if self.motion.strength != 1.0:
+            z = z * self.motion.strength
+        if branches > 1:
+            at, z = torch.cat([at, at + x.numel()]), z.repeat(2, 1)
+        return self.net.fuse(embedded, at, z)
 
     # ---- the latent -----------------------------------------------------------------------------------------------
 
@@ -204,51 +208,47 @@ class Denoiser:
         if not self.carries:
             return
         assert self.table is not None
-        staying = where & (after == self.mask_id)
-        kept = staying[where]
+        masked = after == self.mask_id
+        staying = where & masked
+        kept, at = staying[where], staying.flatten().nonzero().squeeze(1)
+        again = ((before != self.mask_id) & masked).flatten().nonzero().squeeze(1)
+        z = self.z.flatten(0, 1)  # (n L, particles, hidden), the same memory
         if self.latent == "selfcond":
-            self.z[:, 0][staying] = process.estimate(log_probs[kept], self.table, "soft")
-            self.z[:, 0][(before != self.mask_id) & (after == self.mask_id)] = 0.0
+            z[at] = process.estimate(log_probs[kept], self.table, "soft").unsqueeze(1)
+            z[again] = 0.0
             return
-        motion, length = self.motion, before.shape[1]
-        if motion.estimator == "hard":  # the likeliest of every row: cheaper than a copy of the rows that stay
-            clean = self.table[log_probs.argmax(dim=1)[kept]]
-        else:
-            uniform = None
-            if motion.estimator == "sampled":
-                uniform = self.noise.uniform(length, dtype=torch.float64).to(self.device)[staying]
-            clean = process.estimate(
-                log_probs[kept],
-                self.table,
-                motion.estimator,
-                temperature=motion.temperature,
-                top_k=motion.top_k,
-                uniform=uniform,
-            )
+        length = before.shape[1]
+        clean = self._estimate(log_probs, kept, at, length).unsqueeze(1)
         gamma_t, gamma_s = self.gamma.keep(t), self.gamma.keep(s)
-        step = process.reverse_step(gamma_t, gamma_s, path=motion.path, eta=motion.eta)
-        fresh = self._normal(length)
-        row = staying.nonzero()[:, 0]
-        z0, zt, std = (factor.float()[row].view(-1, 1, 1) for factor in step)
-        moved = z0 * clean.unsqueeze(1) + zt * self._at(self.z, staying) + std * self._at(fresh, staying)
-        self._put(staying, moved)
-        again = (before != self.mask_id) & (after == self.mask_id)
-        if again.any():  # as if just masked: around the token that was there
-            row = again.nonzero()[:, 0]
-            around = self.table[before[again]].unsqueeze(1)
-            spread = process.noisy_latent(
-                around, self._at(fresh, again), gamma_s.float()[row].view(-1, 1, 1), motion.path
-            )
-            self._put(again, spread)
+        step = process.reverse_step(gamma_t, gamma_s, path=self.motion.path, eta=self.motion.eta)
+        fresh = self._normal(length).flatten(0, 1)
+        z0, zt, std = (factor.float()[at // length].view(-1, 1, 1) for factor in step)
+        z[at] = (z[at] * zt).addcmul_(z0, clean).addcmul_(std, fresh[at])
+        if len(again):  # as if just masked: around the token that was there
+            around = self.table[before.flatten()[again]].unsqueeze(1)
+            gamma = gamma_s.float()[again // length].view(-1, 1, 1)
+            z[again] = process.noisy_latent(around, fresh[again], gamma, self.motion.path)
 
-    def _at(self, latent: Tensor, where: Tensor) -> Tensor:
-        return latent.transpose(1, 2)[where]  # (N, particles, hidden)
-
-    def _put(self, where: Tensor, values: Tensor) -> None:
-        self.z.transpose(1, 2)[where] = values
+    def _estimate(self, log_probs: Tensor, kept: Tensor, at: Tensor, length: int) -> Tensor:
+        """Clean latents of the positions ``at`` that stay masked, which are the ``kept`` of the predicted ones."""
+        assert self.table is not None
+        motion = self.motion
+        if motion.estimator == "hard":  # the likeliest of all that were predicted: cheaper than a copy of some
+            return self.table[log_probs.argmax(dim=1)[kept]]
+        uniform = None
+        if motion.estimator == "sampled":
+            uniform = self.noise.uniform(length, dtype=torch.float64).to(self.device).flatten()[at]
+        return process.estimate(
+            log_probs[kept],
+            self.table,
+            motion.estimator,
+            temperature=motion.temperature,
+            top_k=motion.top_k,
+            uniform=uniform,
+        )
 
     def _normal(self, length: int) -> Tensor:
-        return self.noise.normal(self.particles, length, self.net.hidden).to(self.device)
+        return self.noise.normal(length, self.particles, self.net.hidden).to(self.device)
 
     def _shadow_noise(self, held: Tensor, t: Tensor) -> Tensor | None:
         """Latents of slots that stand for no token: noise of the current strength around nothing."""

@@ -265,9 +265,7 @@ class TokenTransformer(nn.Module):
         condition = self.condition(sigma, labels)
         return self.logits(self.trunk(self.vocab_embed(tokens), condition), condition)
 
-    def cross_entropy(
-        self, hidden: Tensor, condition: Tensor, at: Tensor, targets: Tensor, mask_id: int
-    ) -> tuple[Tensor, Tensor | None]:
+    def cross_entropy(self, hidden: Tensor, condition: Tensor, at: Tensor, targets: Tensor, mask_id: int) -> Tensor:
         """Cross-entropy at some positions, in float32, over all tokens but the mask.
 
         Where the logits of all of them would be large they are made in parts, and again in the backward pass.
@@ -280,19 +278,18 @@ class TokenTransformer(nn.Module):
             mask_id: token that is never predicted.
 
         Returns:
-            (N,) nats; and the logits of :func:`without`, or None where they were made in parts.
+            (N,) nats.
         """
-        part = max(1, LOGITS // self.vocabulary)
-        if len(at) <= part:
-            logits = without(self.logits(hidden, condition, at).float(), mask_id)
-            return F.cross_entropy(logits, targets, reduction="none"), logits
 
         def piece(rows: Tensor, wanted: Tensor) -> Tensor:
             logits = without(self.logits(hidden, condition, rows).float(), mask_id)
             return F.cross_entropy(logits, wanted, reduction="none")
 
+        part = max(1, LOGITS // self.vocabulary)
+        if len(at) <= part:
+            return piece(at, targets)
         pieces = zip(at.split(part), targets.split(part), strict=True)
-        return torch.cat([checkpoint(piece, *pair, use_reentrant=False) for pair in pieces]), None
+        return torch.cat([checkpoint(piece, *pair, use_reentrant=False) for pair in pieces])
 
     def flops(self, length: int | None = None) -> float:
         """Operations of one forward pass of one sequence: 2 per weight and token, and the attention products."""

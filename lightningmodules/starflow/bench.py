@@ -18,6 +18,10 @@ from lightningmodules.starflow.straightforward import Straightforward
 
 WIDTH, HEAD, SHALLOW, DEEP, CHANNELS, CLASSES = 128, 64, [1, 1], 4, 4, 10
 AGREE = 1e-4  # largest difference of samples, relative to 1 + max |sample|
+REFERENCES = {
+    "list": "lists of keys and values concatenated at every step, one pass per prediction",
+    "batched": "reserved caches, both predictions in one batch, as apple/ml-starflow",
+}
 GUIDED, WINDOWED = "sampling, guided", "shallow windows"
 
 
@@ -39,7 +43,7 @@ def main(argv: list[str]) -> int:
         f"{args.threads} thread(s), torch {torch.__version__}, seed {args.seed}; "
         f"{'CPU' if clock is time.process_time else 'wall'} seconds, best of {args.repeats}"
     )
-    print("reference: modules token by token, cache of unrotated keys turned at every step, a mask per step")
+    print(f"reference ({args.reference}): {REFERENCES[args.reference]}; keys turned and a mask made at every step")
     print(f"{'tokens':>6}  {'what':<17}{'ours':>9}{'reference':>11}{'ratio':>7}  largest difference")
     worst, seconds = 0.0, {}
     for tokens in args.tokens:
@@ -76,7 +80,7 @@ Row = tuple[str, float, float, float]
 
 def _measure(net: StarFlowNet, timer: InTurn, args: argparse.Namespace, tokens: int) -> list[Row]:
     """(what, our seconds, reference seconds, relative difference) for one network."""
-    plain, whole = Straightforward(net), tokens <= args.reference_up_to
+    plain, whole = Straightforward(net, args.reference == "batched"), tokens <= args.reference_up_to
     image = torch.randn(args.batch, CHANNELS, net.img_size, net.img_size)
     z = torch.randn(args.batch, net.tokens, net.dims)
     y = torch.eye(CLASSES + 1)[torch.randint(CLASSES, (args.batch,))].unsqueeze(1)
@@ -153,6 +157,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="images at a time (default: 4)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024], help="default: 64 256 1024")
     parser.add_argument("--reference-up-to", type=int, default=1024, help="tokens up to which the reference runs too")
+    parser.add_argument("--reference", choices=list(REFERENCES), default="list", help="how it samples (default: list)")
     parser.add_argument("--window", type=int, default=16, help="tokens of a window in the shallow blocks (default: 16)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: 0)")
     return parser.parse_args(argv)

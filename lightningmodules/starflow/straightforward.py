@@ -1,8 +1,7 @@
 """STARFlow written down the obvious way: the yardstick of ``bench.py`` and an independent opinion for the tests.
 
 Nothing here is used to train or sample. It shares the parameters of a ``StarFlowNet`` and none of its code: tokens by
-loops over patches, modules called token by token, at every step the whole cache rotated anew and a fresh mask for it,
-as in the authors' code, whose time it comes close to.
+loops over patches, modules called token by token, at every step the whole cache rotated anew and a fresh mask for it.
 """
 
 import math
@@ -17,8 +16,22 @@ from lightningmodules.starflow.transformer import RMSNorm, TransformerLayer
 UNIT = math.log(math.e - 1.0)  # softplus of it is 1
 
 
-class Cache:
-    """Keys before rotation, and values, of one layer.
+class GrowingCache:
+    """Keys before rotation, and values, of one layer in one pass: a list, concatenated anew at every step."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add tokens, (B, heads, n, head_dim), and return all."""
+        self.keys.append(k)
+        self.values.append(v)
+        return torch.cat(self.keys, dim=2), torch.cat(self.values, dim=2)
+
+
+class ReservedCache:
+    """The same, written into memory reserved beforehand.
 
     Args:
         length: longest sequence.
@@ -39,15 +52,20 @@ class Cache:
         return self.store[0, :, :, : self.filled], self.store[1, :, :, : self.filled]
 
 
+Cache = GrowingCache | ReservedCache
+
+
 class Straightforward:
     """Both directions of the flow.
 
     Args:
         net: whose parameters to use.
+        batched: reserve the caches, and run both predictions of guided sampling as one batch, as apple/ml-starflow
+            does; False grows lists and runs one pass per prediction.
     """
 
-    def __init__(self, net: StarFlowNet) -> None:
-        self.net = net
+    def __init__(self, net: StarFlowNet, batched: bool = False) -> None:
+        self.net, self.batched = net, batched
 
     def forward(self, image: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Images (B, C, H, W) to latent (B, N, D), block outputs, and log sigma of every block in its order."""
@@ -115,25 +133,18 @@ class Straightforward:
         rule: str,
         size: tuple[int, int],
     ) -> Tensor:
-        x, rows = z.clone(), len(z)
-        text = y if null is None or y is None else torch.cat([y, null])
-        length = text.shape[1] if text is not None and block.text_dim else 0
-        caches = [Cache(length + x.shape[1]) for _ in block.layers]
-        turns = _turns(block, size, length)
-        if length:
-            h = block.proj_txt(text)
-            for layer, cache in zip(block.layers, caches, strict=True):
-                h = _layer(layer, h, turns, cache, temperature)
-        late = block.sos_embed is None
+        x, late = z.clone(), block.sos_embed is None
+        told: list[Tensor | None] = [y] if null is None else [y, null]
+        if self.batched and null is not None and y is not None:
+            told = [torch.cat([y, null])]
+        passes = [_Pass(self, block, text, x.shape[1], size, temperature) for text in told]
         for i in range(x.shape[1] - late):
-            known = x[:, i : i + 1] if late else (x[:, i - 1 : i] if i else block.sos_embed.expand(rows, 1, -1))  # type: ignore[union-attr]
-            known = known if null is None else torch.cat([known, known])
-            h = block.proj_in(known)
-            if block.pos_embed is not None:
-                h = h + (block.pos_embed.flip(0) if block.flipped else block.pos_embed)[i]
-            for layer, cache in zip(block.layers, caches, strict=True):
-                h = _layer(layer, h, turns, cache, temperature)
-            mu, sigma = _gaussian(block, _head(block, h)[:, 0])
+            known = x[:, i : i + 1] if late else x[:, i - 1 : i]
+            if block.sos_embed is not None and not i:
+                known = block.sos_embed.expand(len(x), 1, -1)
+            known = torch.cat([known, known]) if self.batched and null is not None else known
+            predicted = [each.step(known, i) for each in passes]
+            mu, sigma = (torch.cat(parts) for parts in zip(*predicted, strict=True))
             if null is not None:
                 mu, sigma = _guided(mu, sigma, omega, rule)
             x[:, i + late] = z[:, i + late] * sigma + mu
@@ -146,6 +157,39 @@ class Straightforward:
             for left in range(0, image.shape[3], p):
                 rows.append(image[:, :, top : top + p, left : left + p].permute(0, 2, 3, 1).flatten(1))
         return torch.stack(rows, dim=1)
+
+
+class _Pass:
+    """One prediction, token by token, with caches of its own."""
+
+    def __init__(
+        self,
+        plain: Straightforward,
+        block: FlowBlock,
+        text: Tensor | None,
+        tokens: int,
+        size: tuple[int, int],
+        temperature: float,
+    ) -> None:
+        length = text.shape[1] if text is not None and block.text_dim else 0
+        self.block, self.temperature, self.turns = block, temperature, _turns(block, size, length)
+        self.caches: list[Cache] = [
+            ReservedCache(length + tokens) if plain.batched else GrowingCache() for _ in block.layers
+        ]
+        if length:
+            self._run(block.proj_txt(text))
+
+    def step(self, known: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        """Mean and scale after reading ``known``, (B, 1, D), as the ``i``-th of the image."""
+        h = self.block.proj_in(known)
+        if self.block.pos_embed is not None:
+            h = h + (self.block.pos_embed.flip(0) if self.block.flipped else self.block.pos_embed)[i]
+        return _gaussian(self.block, _head(self.block, self._run(h))[:, 0])
+
+    def _run(self, h: Tensor) -> Tensor:
+        for layer, cache in zip(self.block.layers, self.caches, strict=True):
+            h = _layer(layer, h, self.turns, cache, self.temperature)
+        return h
 
 
 def _turns(block: FlowBlock, size: tuple[int, int], text: int) -> Tensor | None:
@@ -197,7 +241,8 @@ def _layer(layer: TransformerLayer, x: Tensor, turns: Tensor | None, cache: Cach
     if turns is not None:
         q = _turned(q, turns[before : before + t], attention.half_split)
         k = _turned(k, turns[: before + t], attention.half_split)
-    k, v = k.repeat_interleave(heads // kv, dim=1), v.repeat_interleave(heads // kv, dim=1)
+    if heads != kv:
+        k, v = k.repeat_interleave(heads // kv, dim=1), v.repeat_interleave(heads // kv, dim=1)
     seen = torch.ones(t, before + t).tril(before).bool()
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=d**-0.5 / temperature)
     out = out.transpose(1, 2).reshape(b, t, heads * d)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightningmodules.cadd import weights
 from lightningmodules.cadd.module import Cadd
 from lightningmodules.cadd.network import CaddNet
+from lightningmodules.cadd.straightforward import Straightforward
 from lightningmodules.shared.codecs import HOLE, PixelTokens, Tokens
 from lightningmodules.shared.conditioning import Condition
 from lightningmodules.shared.masking import Cosine, LogLinear
@@ -69,6 +70,17 @@ def test_off_is_masked_diffusion_written_down_plainly() -> None:
     nats = -logits.log_softmax(-1).gather(-1, data["tokens"].unsqueeze(-1)).squeeze(-1)
     expected = (nats * masked / t.float().unsqueeze(1)).sum() / (ROWS * L)
     torch.testing.assert_close(value(module, data, 3), expected)
+
+
+def test_an_independent_implementation_agrees() -> None:
+    module, data = room(latent="off"), batch()
+    plain = Straightforward(module.net, V)
+    tokens = data["tokens"].masked_fill(torch.rand(ROWS, L) < 0.5, V)
+    sigma = torch.tensor([0.0, 0.3, 1.0, 5.0])
+    torch.testing.assert_close(plain.logits(tokens, sigma), module.net(tokens, sigma), atol=1e-5, rtol=1e-4)
+    drawn, evaluations = plain.sample(2, L, 12)
+    assert drawn.max() < V
+    assert 2 <= evaluations <= 13
 
 
 def test_a_closed_gate_is_the_masked_model_bit_for_bit() -> None:

@@ -49,7 +49,7 @@ class Exact(Denoiser):
         self.oracle = oracle
 
     def predict(self, tokens: Tensor, where: Tensor, t: Tensor) -> Tensor:
-        latent = None if self.latent == "off" else self.z[:, 0].double()
+        latent = None if self.latent == "off" else self.z[:, :, 0].double()
         return self.oracle.log_probs(tokens, latent, self.gamma.keep(t))[where]
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from datamodules import catalogue, contact, indexing, survey, tarindex
 from datamodules.check import Report, check
+from datamodules.pack import Recipe, pack
 from datamodules.writer import DatasetWriter
 from tests.tars import add, picture, png, sample, write_set, write_tar
 
@@ -87,6 +88,14 @@ def flip(path: Path) -> None:
     path.write_bytes(raw)
 
 
+def silent(path: Path) -> None:
+    """Exchange the classes of two samples: every member can be read, and the counts agree."""
+    index, raw = tarindex.scan(path), bytearray(path.read_bytes())
+    first, second = (int(index.offsets[row, index.extensions.index("cls")]) for row in (3, 14))
+    raw[first], raw[second] = raw[second], raw[first]
+    path.write_bytes(raw)
+
+
 SHARD = "train-000001.tar"
 CUT = [f"{number:05d}" for number in range(55, 60)]
 DAMAGE: dict[Callable[[Path], None], list[str]] = {
@@ -111,12 +120,19 @@ DAMAGE: dict[Callable[[Path], None], list[str]] = {
             for key in ("00031", "00032")
         ],
     ],
-    vanish: [f"{SHARD}: listed in index.json, but missing"],
+    vanish: [
+        f"{SHARD}: listed in index.json, but missing",
+        *[f"{SHARD}, sample {number:05d}: is lost" for number in range(30, 60)],
+    ],
     stray: ["train-000009.tar: not listed in index.json"],
     other_index: [f"{SHARD}: the index file beside it says something else. Delete it and type data index"],
     flip: [
         f"{SHARD}: its sha256 is not the one in index.json",
         f"{SHARD}, sample 00030: .png: broken image",
+    ],
+    silent: [
+        f"{SHARD}: its sha256 is not the one in index.json",
+        *[f"{SHARD}, sample {key}: .cls: has changed since it was written" for key in ("00033", "00044")],
     ],
 }
 
@@ -166,6 +182,29 @@ def test_every_bad_sample_is_named(tmp_path: Path) -> None:
         "3 shards have no index file beside them; data index writes them",
         "without an entry in index.json, sizes and hashes cannot be compared",
     ]
+
+
+def test_captions_and_manifest(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        (tmp_path / "in" / f"{number}.png").write_bytes(png(picture(number)))
+    rows = [f"{number}.png,one,{'' if number == 2 else 'other'}" for number in range(6)]
+    (tmp_path / "in" / "metadata.csv").write_text("\n".join(["file,caption,caption2", *rows, "7.png,x,y"]))
+    pack(tmp_path / "in", tmp_path / "out", Recipe("captions", per_shard=3, shuffle=False))
+    report = check(tmp_path / "out")
+    assert (told(report), report.notes) == ([], ["1 of 6 samples have no .caption2.txt"])
+    listed = (tmp_path / "out" / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out" / "manifest.jsonl").write_text("".join(listed[1:-1]))
+    assert told(check(tmp_path / "out")) == [
+        "train-000000.tar, sample 000000: not listed in manifest.jsonl",
+        "manifest.jsonl: 0 inputs refused: missing file, index.json says 1",
+        "manifest.jsonl: 5 inputs written, index.json says 6",
+    ]
+    assert "sample 000000" in told(check(tmp_path / "out" / "train-000000.tar"))[0]
+    (tmp_path / "out" / "manifest.jsonl").write_text("".join([*listed[:2], "{"]))
+    assert any(text.startswith("manifest.jsonl: line 3 cannot be read") for text in told(check(tmp_path / "out")))
+    (tmp_path / "out" / "manifest.jsonl").unlink()
+    assert told(check(tmp_path / "out")) == ["manifest.jsonl: missing"]
 
 
 def test_counts_of_the_index(root: Path) -> None:

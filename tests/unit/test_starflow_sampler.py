@@ -32,6 +32,14 @@ def test_samples_are_the_straightforward_ones(name: str) -> None:
             torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["text-everywhere", "gqa-no-bias"])
+def test_both_references_agree(name: str) -> None:
+    net = network(**OPTIONS[name])
+    z, y, null = noise(net)
+    one, other = (Straightforward(net, batched).reverse(z, y, null, 1.5)[-1] for batched in (False, True))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("rule", ["precision", "plain"])
 @pytest.mark.parametrize("blocks", ["all", "deep"])
 def test_guidance_acts_in_the_blocks_it_should(rule: str, blocks: str) -> None:
