@@ -150,6 +150,9 @@ class Guard(L.Callback):
         parameters = module.named_parameters()
         gradient = next((name for name, p in parameters if p.grad is not None and not _finite(p.grad)), None)
         culprit = first_bad_module(module, micro.batch, micro.number) if search else None
+        if search and hasattr(module, "explain"):  # the room knows its own parts better than a list of modules
+            told = _told(module, micro.batch)
+            culprit = f"{culprit}; {told}" if culprit and told else culprit or told
         return _Finding(trainer.global_rank, loss, _keys(micro.batch), gradient, culprit, file)
 
 
@@ -222,6 +225,15 @@ def first_bad_module(module: GenerativeModule, batch: Mapping[str, Any], number:
         for hook in hooks:
             hook.remove()
     return found[0] if found else None
+
+
+def _told(module: GenerativeModule, batch: Mapping[str, Any]) -> str | None:
+    explain: Callable[[Mapping[str, Any]], str | None] = getattr(module, "explain")  # noqa: B009 - rooms may lack it
+    try:
+        return explain(batch)
+    except Exception as error:  # the message about the run matters more than this search
+        warn_once("explain", f"The room could not explain the batch ({type(error).__name__}: {error}).")
+        return None
 
 
 def _watch(name: str, found: list[str]) -> Callable[[nn.Module, Any, Any], None]:

@@ -20,7 +20,9 @@ class Likelihood(AtValidations):
     """Logs ``metrics/bpd``, and ``metrics/accuracy_bayes`` for rooms that can classify.
 
     For text it is ``metrics/bits_per_token`` and ``metrics/bits_per_character``, over the places that hold a token; the
-    characters are those of the decoded text. Where the room knows a bound only, the row in ``metrics.jsonl`` says so.
+    characters are those of the decoded text. For densities of another space, such as latents, it is
+    ``metrics/nats_per_dim_<space>``: such a number compares with none of another autoencoder. Where the room knows a
+    bound only, the row in ``metrics.jsonl`` says so.
 
     The dequantisation noise of a sample is seeded by its key, so the value depends neither on batches nor on ranks,
     and it moves only because the weights did. Rooms without ``log_likelihood`` are left alone.
@@ -66,14 +68,17 @@ class Likelihood(AtValidations):
             "likelihood": getattr(module, "likelihood", "exact"),
             "conditional": self.conditional and module.num_classes > 0,
             "levels": getattr(module.codec, "levels", None),
-            "noise": "uniform dequantisation, seeded by key",
+            "noise": "seeded by key",
             "nonfinite": round(infinite),
         }
         bits = -nats / math.log(2) if not infinite else math.inf
         if characters:
             values = {"metrics/bits_per_token": bits / places, "metrics/bits_per_character": bits / characters}
+        elif (space := getattr(module, "likelihood_space", "pixels")) != "pixels":  # a density, not a probability
+            nats_per_dim = math.inf if infinite else -nats / places
+            values, protocol["space"] = {f"metrics/nats_per_dim_{space.replace(' ', '_')}": nats_per_dim}, space
         else:
-            values = {f"metrics/{getattr(module, 'likelihood_name', 'bpd')}": bits / places}
+            values = {"metrics/bpd": bits / places}
         scalars(trainer, values, **protocol)
         if asked:
             settings = {

@@ -86,6 +86,9 @@ class Samples(AtValidations):
             details = ["as the network sees it", f"{len(shown)} of {len(images)} in the first batch"]
             drawn = grid(shown, even_columns(len(shown), 8), heading="data", details=details)
             picture(trainer, "samples/data", encode_png(drawn))
+        if hasattr(pl_module, "reconstruct"):  # before anything is learnt, the way there and back must fit already
+            with _survive("samples/reconstruction", trainer.world_size == 1), torch.no_grad():
+                self._reconstruct(trainer, pl_module, {name: value[:8] for name, value in batch.items()})
 
     def at_validation(self, trainer: L.Trainer, module: GenerativeModule) -> bool:
         """Draw everything that is due; give up between two pictures when a stop is asked for."""
@@ -175,6 +178,9 @@ class Samples(AtValidations):
     def _reconstruction(self, trainer: L.Trainer, module: GenerativeModule) -> None:
         batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
         batch = trainer.strategy.batch_to_device({name: value[:8] for name, value in batch.items()})
+        self._reconstruct(trainer, module, batch)
+
+    def _reconstruct(self, trainer: L.Trainer, module: GenerativeModule, batch: Mapping[str, Any]) -> None:
         back: Callable[..., tuple[Tensor, Tensor]] = getattr(module, "reconstruct")  # noqa: B009 - rooms may lack it
         with module.use_weights(self.weights[0]):
             x, again = back(batch)

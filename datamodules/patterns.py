@@ -14,6 +14,8 @@ from datamodules import catalogue
 log = logging.getLogger(__name__)
 
 _NUMBERED = re.compile(r"(.*?)(\d+)\.tar$")
+_SPLIT = re.compile(r"(train|training|val|valid|validation|test)(?![a-zA-Z])")
+_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 
 
 def find(patterns: str | Iterable[str], root: Path, setting: str, allow_missing: bool = False) -> list[Path]:
@@ -21,7 +23,7 @@ def find(patterns: str | Iterable[str], root: Path, setting: str, allow_missing:
 
     Args:
         patterns: names relative to ``root`` or absolute, with ``*``, ``?``, ``[..]`` or braces as in
-            ``train-{000000..001023}.tar``; a list of them; or a folder.
+            ``train-{000000..001023}.tar``; a list of them; or a folder, of which ``of_split`` says what is meant.
         root: folder that relative names start from.
         setting: name of the setting, for messages, e.g. "data.train".
         allow_missing: accept that some of the named files are absent.
@@ -35,7 +37,7 @@ def find(patterns: str | Iterable[str], root: Path, setting: str, allow_missing:
     wanted: dict[Path, None] = {}
     texts = [patterns] if isinstance(patterns, str) else list(patterns)
     for text in texts:
-        matches = [path for name in braces(text, setting) for path in _expand(root / Path(name).expanduser())]
+        matches = [path for name in braces(text, setting) for path in _expand(root / Path(name).expanduser(), setting)]
         if not any(path.exists() for path in matches):
             raise ValueError(_nothing_found(text, root, setting))
         wanted.update(dict.fromkeys(matches))
@@ -64,10 +66,41 @@ def braces(text: str, setting: str) -> list[str]:
         raise ValueError(f"{setting}='{text}': {error}. Write ranges as in train-{{000000..001023}}.tar.") from error
 
 
-def _expand(path: Path) -> list[Path]:
+def of_split(names: Iterable[str], place: str, setting: str) -> list[str]:
+    """Shards of a folder that are meant by the setting that names the folder, sorted.
+
+    That is all of them, unless their names tell of several splits (train-000000.tar, val-000000.tar): then those of the
+    split the setting is about, so that nobody trains on held-out samples by naming a folder.
+
+    Raises:
+        ValueError: none of several splits is the setting's.
+    """
+    splits: dict[str, list[str]] = {}
+    for name in sorted(names):
+        match = _SPLIT.match(name)
+        splits.setdefault(match[1] if match else "", []).append(name)
+    if len(splits.keys() - {""}) < 2:
+        return sorted(names)
+    own = [*setting.split("."), ""][1]
+    chosen = [name for split, part in splits.items() if _SPLITS.get(split) == own for name in part]
+    if not chosen:
+        raise ValueError(
+            f"{setting}='{place}': the folder holds shards of several splits ({', '.join(filter(None, splits))}), but "
+            f"none named {own}-*.tar. Name the shards, e.g. {setting}='{place}/{next(filter(None, splits))}-*.tar'."
+        )
+    log.info("%s: %d of %d shards in %s, by their names", setting, len(chosen), sum(map(len, splits.values())), place)
+    return chosen
+
+
+def _expand(path: Path, setting: str) -> list[Path]:
     """Files that one name stands for, absent ones included where their absence can be known."""
     if path.is_dir():
-        return sorted(path.glob("*.tar")) or [path]
+        index = catalogue.read(path)
+        there = {name.name for name in path.glob("*.tar")}
+        listed = (
+            there.union(index.shards) if index else there.union(gap.name for gap in _gaps(list(path.glob("*.tar"))))
+        )
+        return [path / name for name in of_split(listed, str(path), setting)] if there else [path]
     if not has_magic(str(path)):
         return [path]
     found = [Path(name) for name in glob(str(path))]

@@ -19,7 +19,7 @@ from datamodules import catalogue, download, tarindex
 from datamodules.catalogue import Catalogue, ShardEntry
 from datamodules.download import Absent, Closed, Lock
 from datamodules.order import Ints
-from datamodules.patterns import braces
+from datamodules.patterns import braces, of_split
 from datamodules.tarindex import BLOCK, TarIndex, cache_folder
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,8 @@ class RemoteFiles:
         Raises:
             ValueError: an address is malformed, or names shards that index.json does not have.
         """
-        urls = list(dict.fromkeys(url for pattern in patterns for url in braces(pattern, setting)))
+        named = (url for pattern in patterns for url in braces(pattern, setting))
+        urls = list(dict.fromkeys(shard for url in named for shard in _inside(url, setting)))
         for url in urls:
             download.check(url, setting)
             if not url.startswith("pipe:") and re.search(r"[*\[\]]", url.split("?")[0]):
@@ -452,6 +453,17 @@ def beside(url: str, name: str) -> str:
     if not found:
         return f"{url}/{name}"
     return url[: found[-1].start()] + name + url[found[-1].end() :]
+
+
+def _inside(url: str, setting: str) -> list[str]:
+    """Shards of a folder, an address that ends with a slash, as its index.json lists them; else the address itself."""
+    if url.startswith("pipe:") or not url.endswith("/"):
+        return [url]
+    if (index := _fetch_catalogue(url + catalogue.FILE_NAME)) is None:
+        raise ValueError(
+            f"{setting}='{url}': no {catalogue.FILE_NAME} lists its shards. Name them: train-{{000000..001023}}.tar"
+        )
+    return [url + name for name in of_split(index.shards, url.rstrip("/"), setting)]
 
 
 def _check(size: int, digest: str, entry: ShardEntry | None, file: int) -> None:

@@ -271,14 +271,18 @@ def _weights(parser: Parser) -> None:
     parser.usage += f"       {parser.prog} export RUN [--weights KIND] --out DIR"
     parser.add_argument("action", choices=["import", "export"], help="from the authors' file, or out of a run")
     parser.add_argument(
-        "source", metavar="FILE|RUN", help="file to import (.pth or .safetensors), or run folder to export"
+        "source",
+        metavar="FILE|RUN",
+        help="file to import (.pth, .safetensors or a folder of distributed checkpoints), or run to export",
     )
     parser.add_argument(
         "--as", dest="experiment", metavar="EXPERIMENT", help="import: the experiment the file belongs to"
     )
     _kind(parser)
     parser.add_argument(
-        "--out", metavar="DIR", help="folder to write, new or empty; export to a name.pth: the authors' format"
+        "--out",
+        metavar="DIR",
+        help="folder to write, new or empty; export to NAME.pth or NAME.dcp: the authors' format",
     )
 
 

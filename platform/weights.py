@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OFFICIAL = (".pth", ".pt")
+DISTRIBUTED = ".dcp"  # an export to this ending becomes a folder of torch.distributed.checkpoint
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
 
     Args:
         args: ``action`` (import or export), ``source`` (file or run folder), ``out``; for import ``experiment``, for
-            export ``weights`` (kind or None). An export to a name ending in .pth writes the authors' format.
+            export ``weights`` (kind or None). An export to a name ending in .pth or .dcp writes the authors' format,
+            as one file or as a folder of torch.distributed.checkpoint.
 
     Returns:
         0.
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if args.action == "import":
         _import(Path(args.source), args.experiment, out)
-    elif out.suffix in OFFICIAL:
+    elif out.suffix in (*OFFICIAL, DISTRIBUTED):
         _export_official(args.source, args.weights or "ema", out)
     else:
         _export(args.source, args.weights or "ema", out)
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_official(file: Path) -> dict[str, "Tensor"]:
-    """Tensors of an authors' file, on the CPU; nothing in a ``.pth`` but tensors is executed or built.
+    """Tensors of an authors' file or folder, on the CPU; nothing in it but tensors is executed or built.
 
     Raises:
         ValueError: the file is missing, damaged, or holds something else than named tensors.
@@ -59,8 +61,12 @@ def read_official(file: Path) -> dict[str, "Tensor"]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if file.is_dir():
+        from lightningmodules.shared import dcp
+
+        return dcp.read_folder(file)
     if not file.is_file():
-        raise ValueError(f"{file}: no such file. Type the path of the authors' .pth or .safetensors file.")
+        raise ValueError(f"{file}: no such file. Type the path of the authors' .pth or .safetensors file, or folder.")
     try:
         if file.suffix == ".safetensors":
             return dict(load_file(file))
@@ -133,7 +139,12 @@ def _export_official(source: str, kind: str, out: Path) -> None:
     state = _room(cfg).to_official({key: value.contiguous() for key, value in network.state_dict().items()})
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, aside)
+    if out.suffix == DISTRIBUTED:
+        from lightningmodules.shared import dcp
+
+        dcp.write_folder(state, aside)
+    else:
+        torch.save(state, aside)
     os.replace(aside, out)
     print(f"{source} at step {module.updates}, weights {module.active_weights}: {len(state)} tensors -> {out}")
 
@@ -193,5 +204,12 @@ def _write(out: Path, tensors: Mapping[str, "Tensor"], cfg: "DictConfig", facts:
 
 
 def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """sha256 of a file, or of a folder's files in the order of their names."""
+    digest = hashlib.sha256()
+    for part in sorted(file.iterdir()) if file.is_dir() else [file]:
+        with part.open("rb") as stream:
+            inner = hashlib.file_digest(stream, "sha256")
+        if not file.is_dir():
+            return inner.hexdigest()
+        digest.update(part.name.encode() + inner.digest())
+    return digest.hexdigest()

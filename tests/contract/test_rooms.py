@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightningmodules.base import GenerativeModule
+from lightningmodules.shared.codecs import Pixels
 from lightningmodules.shared.conditioning import Condition
 from platform import config
 from platform.origins import experiments
@@ -80,6 +81,8 @@ def test_generated_data_is_made_of_the_codec_s_levels(miniature: Miniature) -> N
         assert all(isinstance(text, str) for text in images)
         return
     assert images.dtype == torch.uint8
+    if not hasattr(room.codec, "levels"):  # an autoencoder's pictures have no exact way back
+        return
     assert images.max() <= room.codec.white
     assert torch.equal(room.codec.decode(room.codec.encode({"image": images})), images)
 
@@ -110,7 +113,7 @@ def test_path_ends_at_the_sample(miniature: Miniature) -> None:
     settings, condition = config.check_sampling(cfg), condition_of(room, batch, 2)
     frames = room.trajectory([3, 4], condition, **settings)
     assert len(frames) > 2
-    last = frames[-1].clamp(-1, 1) if frames[-1].is_floating_point() else frames[-1]
+    last = frames[-1].clamp(-1, 1) if isinstance(room.codec, Pixels) else frames[-1]
     torch.testing.assert_close(last, room.sample([3, 4], condition, **settings))
 
 

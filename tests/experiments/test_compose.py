@@ -75,7 +75,9 @@ def test_every_hardware_goes_with_the_quickstart(choice: str) -> None:
 
 @pytest.mark.parametrize("choice", groups()["data"])
 def test_every_data_file_composes(choice: str) -> None:
-    cfg = composed("quickstart", False, f"data={choice}")
+    using = [name for name in NAMES if f"data: {choice}\n" in (EXPERIMENTS / f"{name}.yaml").read_text()]
+    fitting = {"unicode_names": "causal_pydoc"}  # offered, but no experiment's own
+    cfg = composed((using or [fitting.get(choice, "quickstart")])[0], False, f"data={choice}")
     module, _, name = cfg.data._target_.rpartition(".")
     assert callable(getattr(importlib.import_module(module), name))
 

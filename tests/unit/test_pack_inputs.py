@@ -240,13 +240,14 @@ def test_edm_zip(tmp_path: Path) -> None:
     path = tmp_path / "set.zip"
     link = zipfile.ZipInfo("00000/link.png")
     link.external_attr = 0o120777 << 16
-    labels = [["00000/a.png", 4], ["00000/b.png", 2], ["00000/large.png", 0]]
+    labels = [["00000/a.png", 4], ["00000/b.png", 2], ["00000/large.png", 0], ["00000/half.png", 1.5]]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("dataset.json", json.dumps({"labels": labels}))
         archive.writestr("00000/b.png", png(picture(2)))
         archive.writestr("00000/a.png", png(picture(1)))
         archive.writestr("00000/large.png", bytes(10**6))
         archive.writestr("00000/nameless.png", png(picture(3)))
+        archive.writestr("00000/half.png", png(picture(5)))
         archive.writestr("../evil.png", png(picture(4)))
         archive.writestr("/evil.png", png(picture(4)))
         archive.writestr(link, "/etc/hostname")
@@ -259,6 +260,7 @@ def test_edm_zip(tmp_path: Path) -> None:
         "00000/b.png": Item(png(picture(2)), label=2),
         "00000/large.png": "too large",
         "00000/nameless.png": "no class",
+        "00000/half.png": "bad class",
     }
     raw = bytearray(path.read_bytes())
     raw[raw.index(b"00000/b.png") + 30] ^= 255

@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import shutil
 import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -206,6 +207,37 @@ def test_names_and_patterns(tmp_path: Path) -> None:
     assert find("set/train-000001.tar", tmp_path, "data.train") == [every[1]]
     every[1].unlink()
     assert find("*.tar", folder, "data.train", allow_missing=True) == [every[0], every[2]]
+
+
+def test_a_folder_of_several_splits(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", [1, 1])
+    shutil.copy(folder / "train-000000.tar", folder / "val-000000.tar")
+    assert [path.name for path in find(".", folder, "data.train")] == ["train-000000.tar", "train-000001.tar"]
+    assert [path.name for path in find(".", folder, "data.train.web.path")] == ["train-000000.tar", "train-000001.tar"]
+    assert [path.name for path in find(".", folder, "data.val")] == ["val-000000.tar"]
+    describe(folder)
+    (folder / "train-000000.tar").unlink()
+    with pytest.raises(ValueError, match=r"1 of 2 files are missing, first: train-000000\.tar"):
+        find(".", folder, "data.train")
+    (folder / "index.json").unlink()
+    (folder / "val-000000.tar").rename(folder / "test-000000.tar")
+    with pytest.raises(ValueError, match=r"several splits \(test, train\), but none named val-"):
+        find(".", folder, "data.val")
+
+
+def test_hidden_samples_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_set(tmp_path / "set", [20])
+    path = folder / "train-000000.tar"
+    names = [scan(path).key(row) for row in range(20)]
+    raw = bytearray(path.read_bytes())
+    begin = int(scan(path).offsets[10].min()) - 512
+    raw[begin : begin + 512] = bytes(512)
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="zero block at byte"):
+        ShardSet([path], "data.train", max_bad_fraction=0.2)
+    assert ShardSet([path], "data.train", max_bad_fraction=0.6).counts.tolist() == [10]
+    for name in names[11:]:
+        assert f"train-000000.tar, sample {name}: lies behind the damage and is not read" in caplog.text
 
 
 def describe(folder: Path) -> None:
