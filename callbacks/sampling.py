@@ -48,20 +48,24 @@ def draw(
 
 
 def prompted(module: GenerativeModule, condition: Condition | None, prompt: str, rows: int = 1) -> Condition:
-    """The condition with a text that every sample begins with.
+    """The condition with a caption, or with a text that every sample begins with.
 
     Args:
-        module: the room; its codec holds the tokenizer.
+        module: the room. One that draws pictures of captions has ``caption``; one that draws text has a codec with a
+            tokenizer.
         condition: what the samples are conditioned on besides, ``rows`` of it, or None.
         prompt: the text.
         rows: number of samples.
 
     Raises:
-        ValueError: the model does not draw text, or the tokenizer cannot write the prompt.
+        ValueError: the model takes neither, or the tokenizer cannot write the prompt.
     """
+    if hasattr(module, "caption"):
+        told: Condition = getattr(module, "caption")([prompt] * rows)  # noqa: B009 - rooms may lack it
+        return told
     tokenizer = getattr(module.codec, "tokenizer", None)
     if tokenizer is None:
-        raise ValueError(f"prompt {prompt!r}: this model does not draw text. Leave the prompt out.")
+        raise ValueError(f"prompt {prompt!r}: this model takes no text. Leave the prompt out.")
     tokens = torch.as_tensor(tokenizer.encode(prompt), dtype=torch.int64, device=module.device)
     return replace(condition or Condition(), prompt=tokens.expand(rows, -1))
 

@@ -59,6 +59,14 @@ class Joined:
         """Keys of all samples of a shard that can be read, bytes (n,)."""
         return self._primary.keys(shard)
 
+    def keys_at(self, samples: Ints) -> list[str]:
+        """Keys of many samples at once."""
+        return self._primary.keys_at(samples)
+
+    def sizes_at(self, samples: Ints, extension: str) -> Ints:
+        """Bytes of one member of each sample; 0 where it is missing. int64 (n,)."""
+        return self._members.get(extension, self._primary).sizes_at(samples, extension)
+
     def read(self, sample: int) -> Members:
         """Members of a sample from all columns.
 

@@ -20,23 +20,18 @@ def shards_of(source: Source, samples: Ints) -> Ints:
 
 def keys_of(source: Source, samples: Ints) -> list[str]:
     """Key of each sample, as ``source.key`` gives them."""
-    listed = getattr(source, "keys", None)
+    listed = getattr(source, "keys_at", None)
     if listed is None:
         return [source.key(sample) for sample in samples.tolist()]
-    keys = [""] * len(samples)
-    for shard, here in groups(shards_of(source, samples)):
-        rows = samples[here] - source.starts[shard]
-        try:
-            found = listed(shard)[rows].tolist()
-        except (OSError, IndexError):  # the shard has gone or is damaged
-            found = [source.key(sample).encode("utf-8", "surrogateescape") for sample in samples[here].tolist()]
-        for place_of, key in zip(here.tolist(), found, strict=True):
-            keys[place_of] = key.decode("utf-8", "surrogateescape")
-    return keys
+    found: list[str] = listed(samples)
+    return found
 
 
 def sizes_of(source: Source, samples: Ints, extension: str) -> Ints:
     """Bytes of one member of each sample, 0 where it is missing, int64 (n,)."""
+    listed = getattr(source, "sizes_at", None)
+    if listed is not None:
+        return np.asarray(listed(samples, extension), dtype=np.int64)
     sizes = np.empty(len(samples), dtype=np.int64)
     for shard, here in groups(shards_of(source, samples)):
         sizes[here] = source.sizes(shard, extension)[samples[here] - source.starts[shard]]

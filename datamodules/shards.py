@@ -17,6 +17,7 @@ import numpy as np
 
 from datamodules import catalogue, spans
 from datamodules.files import Files, LocalFiles
+from datamodules.held import Held
 from datamodules.order import Ints, fingerprint
 from datamodules.patterns import find
 from datamodules.source import BadSample, Bytes, Measure, Members, Source, measure_rows
@@ -68,6 +69,7 @@ class ShardSet:
         self._handles: OrderedDict[int, Handle] = OrderedDict()
         self._lock = threading.Lock()
         self._loading = [threading.Lock() for _ in range(16)]
+        self._places: dict[str, Held] = {}  # of members, by extension
         sizes = self.files.sizes
         self.bytes = sum(sizes)
         self.counts: Ints = take_stock(self.files, setting, max_bad_fraction, _CHECKED_BYTES)
@@ -75,6 +77,7 @@ class ShardSet:
         stated = [entry.bytes if entry else size for entry, size in zip(self.files.entries, sizes, strict=True)]
         self._firsts: list[int] = self.starts.tolist()
         self.fingerprint = fingerprint(self.names, self.counts, stated)
+        self._keys = Held(self.starts, self._listed, self.open_shards)
         self.classes = self._count_classes()
 
     def extensions(self) -> tuple[str, ...]:
@@ -107,6 +110,28 @@ class ShardSet:
             OSError: the shard is not to be had.
         """
         return self._index(shard).keys
+
+    def keys_at(self, samples: Ints) -> list[str]:
+        """Keys of many samples at once, as ``key`` gives them."""
+        if not len(samples):
+            return []
+        try:
+            found = self._keys(samples, np.searchsorted(self.starts, samples, side="right") - 1)
+        except OSError:  # a shard has gone
+            return [self.key(sample) for sample in samples.tolist()]
+        return b"\0".join(found.tolist()).decode("utf-8", "surrogateescape").split("\0")
+
+    def sizes_at(self, samples: Ints, extension: str) -> Ints:
+        """Bytes of one member of each sample; 0 where it is missing or the shard is damaged. int64 (n,)."""
+        shards = np.searchsorted(self.starts, samples, side="right") - 1
+        try:
+            found: Ints = self._held(extension)(samples, shards)[:, 1] if len(samples) else samples
+        except OSError:
+            found = np.zeros(len(samples), dtype=np.int64)
+            for shard in np.unique(shards).tolist():
+                here = shards == shard
+                found[here] = self.sizes(shard, extension)[samples[here] - self.starts[shard]]
+        return found
 
     def read(self, sample: int) -> Members:
         """Members of a sample by extension, in one read.
@@ -236,25 +261,38 @@ class ShardSet:
         shards = np.searchsorted(self.starts, samples, side="right") - 1
         rows = samples - self.starts[shards]
 
-        def column(shard: int, asked: int) -> Column:
-            row = int(rows[asked])
-            index, handle = self._open(shard, row, asked)
-            if index.problem and self.strict:
-                raise BadSample(damage(self.names[shard], index), row=asked)
-            try:
-                return Column(index, handle, extension)
-            except OSError as error:
-                self._forget(shard)
-                raise self._unreadable(shard, f"#{row}", error, asked) from error
-
         try:
-            failed = spans.copy(column, shards, rows, begins, lengths, out.reshape(-1), at)
+            columns = {shard: self._column(shard, int(rows[asked]), asked) for shard, asked in _firsts(shards)}
+            table = self._held(extension)(samples, shards)
+            failed = spans.copy(columns, shards, table, begins, lengths, out.reshape(-1), at)
         except OSError as error:
             asked = int(error.filename)
             self._forget(int(shards[asked]))
             raise self._unreadable(int(shards[asked]), self.key(int(samples[asked])), error, asked) from error
         if failed >= 0:
             raise self._unfit(int(shards[failed]), int(rows[failed]), failed, extension, begins, int(lengths[failed]))
+
+    def _column(self, shard: int, row: int, asked: int) -> Column:
+        """A shard opened for a batch; ``asked`` is the first sample of the batch that needs it, at ``row``."""
+        index, handle = self._open(shard, row, asked)
+        if index.problem and self.strict:
+            raise BadSample(damage(self.names[shard], index), row=asked)
+        try:
+            return Column(handle)
+        except OSError as error:
+            self._forget(shard)
+            raise self._unreadable(shard, f"#{row}", error, asked) from error
+
+    def _held(self, extension: str) -> Held:
+        """Places and sizes of a member of all samples of the shards in use."""
+        found = self._places.get(extension)
+        if found is None:
+
+            def load(shard: int) -> Ints:
+                return spans.members(self._index(shard), extension, int(self.counts[shard]))
+
+            found = self._places.setdefault(extension, Held(self.starts, load, self.open_shards))
+        return found
 
     def _unfit(self, shard: int, row: int, asked: int, extension: str, begins: Ints | None, length: int) -> BadSample:
         """Why a part of a member cannot be copied."""
@@ -300,6 +338,12 @@ class ShardSet:
         where = f"{name}, sample {self._index(shard).key(row)}"
         return BadSample(f"{where}: the header at byte {header} is not the one in the index of the shard", row=asked)
 
+    def _listed(self, shard: int) -> "np.ndarray[tuple[int], np.dtype[np.bytes_]]":
+        """Keys of all rows of a shard; for one that it has lost, its number."""
+        keys = self._index(shard).keys[: int(self.counts[shard])]
+        lost = [b"#%d" % row for row in range(len(keys), int(self.counts[shard]))]
+        return np.concatenate([keys, np.array(lost, dtype=np.bytes_)]) if lost else keys
+
     def _locate(self, sample: int) -> tuple[int, int]:
         shard = bisect.bisect_right(self._firsts, sample) - 1  # a tenth of what numpy takes for one number
         return shard, sample - self._firsts[shard]
@@ -316,6 +360,8 @@ class ShardSet:
             return index
         with self._loading[shard % len(self._loading)]:  # others may go on reading other shards meanwhile
             index = self._indices.get(shard) or self._checked_index(shard)
+        for held in (self._keys, *self._places.values()):  # the file may be another one by now
+            held.forget(shard)
         with self._lock:
             self._indices[shard] = index
             if len(self._indices) > self.open_shards:
@@ -364,6 +410,12 @@ class ShardSet:
                 if text.lstrip(b"-").isdigit():  # anything else is reported with its key when it is used
                     counter[int(text)] += 1
         return found if any(found) else None
+
+
+def _firsts(shards: Ints) -> list[tuple[int, int]]:
+    """Every different shard, in the order in which they are needed, and the first sample that needs it."""
+    numbers, firsts = np.unique(shards, return_index=True)
+    return sorted(zip(numbers.tolist(), firsts.tolist(), strict=True), key=lambda pair: pair[1])
 
 
 def _cut(name: str, key: str, at: int, end: int) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,8 @@ from datamodules.source import Bytes
 from datamodules.tarindex import BLOCK, TarIndex, states
 
 _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"}
+_DIGITS = 11  # of a size in a header, octal
+_OCTAL = 8.0 ** np.arange(_DIGITS)[::-1]
 
 
 class Handle:
@@ -45,44 +47,51 @@ class Handle:
             return mmap.mmap(self.file, stat.st_size, access=mmap.ACCESS_READ)
         return None
 
+    @functools.cached_property
+    def view(self) -> memoryview | None:
+        """The same, for slices that are not copied."""
+        return None if self.mapped is None else memoryview(self.mapped)
+
 
 class Column:
-    """One member of all samples of an open shard, for the time of one batch.
+    """An open shard, for the time of one batch.
 
     Args:
-        index: of the shard.
         handle: of the shard.
-        extension: which member.
 
     Attributes:
         file: descriptor of the shard.
         source: its content, or None where it has to be read; short slices of it are made faster than of ``view``.
         view: the same, for slices that are not copied.
         end: bytes that can be read now.
-        members: byte of the shard at which each member begins, -1 where there is none, int64; and its size. Both are
-            empty if no sample has it.
 
     Raises:
         OSError: the file is out of reach.
     """
 
-    def __init__(self, index: TarIndex, handle: Handle, extension: str) -> None:
+    def __init__(self, handle: Handle) -> None:
         self.handle = handle
         self.file = handle.file
         self.source = handle.mapped
         size = os.fstat(handle.file).st_size
-        self.view = None if self.source is None else memoryview(self.source)
+        self.view = handle.view
         self.end = size if self.source is None else min(size, len(self.source))
-        known = extension in index.extensions
-        column = index.extensions.index(extension) if known else 0
-        self.members = index.offsets[:, column] if known else index.offsets[:0].ravel()
-        self.sizes = index.sizes[:, column] if known else index.sizes[:0].ravel()
+
+
+def members(index: TarIndex, extension: str, count: int) -> Ints:
+    """Where one member of each sample begins in a shard, -1 where there is none, and its size; int64 (count, 2)."""
+    table: Ints = np.full((count, 2), (-1, 0), dtype=np.int64)
+    if extension in index.extensions:
+        column, rows = index.extensions.index(extension), min(count, len(index))
+        table[:rows, 0] = index.offsets[:rows, column]
+        table[:rows, 1] = index.sizes[:rows, column]
+    return table
 
 
 def copy(
-    column_of: Callable[[int, int], Column],
+    columns: Mapping[int, Column],
     shards: Ints,
-    rows: Ints,
+    table: Ints,
     begins: Ints | None,
     lengths: Ints,
     out: Bytes,
@@ -90,56 +99,82 @@ def copy(
 ) -> int:
     """Copy parts of members to their places in ``out``.
 
-    One part after the other, as nothing that handles all of them at once pays: the rows of a batch are spread over
-    the shards of a window.
+    Everything is checked at once; the copies are made one after the other, as the parts are spread over many files.
 
     Args:
-        column_of: shard, and the first part that wants it, to the member's column.
+        columns: the open shards by number.
         shards: number of the shard of each part, int64 (n,).
-        rows: row of the shard, int64 (n,).
+        table: first byte and size of its member, see ``members``, int64 (n, 2).
         begins: first byte inside the member, int64 (n,); None for whole members, which must have ``lengths`` bytes.
         lengths: bytes wanted, int64 (n,).
         out: uint8 (size,).
         at: where each part goes, int64 (n,).
 
     Returns:
-        -1; or the first part that is not in its shard, or whose shard is not what its index says. The ones behind it
-        are not copied.
+        -1; or the first part that is not in its shard, or whose shard is not what its index says. Others may or may
+        not be copied then.
 
     Raises:
         OSError: a file cannot be read; ``filename`` is the number of the part.
     """
+    if not len(shards):
+        return -1
+    first, sizes = table.T
+    numbers = np.fromiter(columns, np.int64, len(columns))
+    limits = np.zeros(int(numbers.max()) + 1, dtype=np.int64)
+    limits[numbers] = [column.end for column in columns.values()]
+    stops = lengths if begins is None else begins + lengths
+    wrong = (first < 0) | (first + sizes > limits[shards])
+    wrong |= (stops != sizes) if begins is None else ((stops > sizes) | (begins < 0))
+    if wrong.any():
+        return int(wrong.argmax())
+    chosen = [columns[shard] for shard in shards.tolist()]
+    if any(column.view is None for column in columns.values()):
+        return _read_all(chosen, table, begins, lengths, out.data, at)
+    failed = _moved(chosen, first, sizes)
+    if failed >= 0:
+        return failed
     target = out.data
-    columns: dict[int, Column] = {}
-    whole = begins is None
-    starts = np.zeros_like(rows) if begins is None else begins
-    known, digits = -1, b""
-    parts = zip(shards.tolist(), rows.tolist(), starts.tolist(), lengths.tolist(), at.tolist(), strict=True)
-    for number, (shard, row, begin, length, place) in enumerate(parts):
-        column = columns.get(shard)
-        if column is None:
-            column = columns[shard] = column_of(shard, number)
-        if row >= len(column.members):
-            return number
-        member, size = column.members.item(row), column.sizes.item(row)
-        end = begin + length
-        if member < 0 or member + size > column.end or end > size or begin < 0 or (whole and end < size):
-            return number
-        if size != known:
-            known, digits = size, b"%011o" % size
-        source, view = column.source, column.view
-        if source is None or view is None:
-            try:
-                if not _read(column.file, member, size, begin, target[place : place + length]):
-                    return number
-            except OSError as error:
-                error.filename = number
-                raise
-            continue
-        # The size in the header (bytes 124 to 134) tells in passing whether the shard is the one that was indexed.
-        if source[member - 388 : member - 377] != digits and not states(source[member - BLOCK : member], size):
-            return number
-        target[place : place + length] = view[member + begin : member + end]
+    places = (at.tolist(), (at + lengths).tolist())
+    starts = first if begins is None else first + begins
+    for column, low, high, start, end in zip(chosen, *places, starts.tolist(), (first + stops).tolist(), strict=True):
+        target[low:high] = column.view[start:end]  # type: ignore[index]  # every shard is mapped
+    return -1
+
+
+def _moved(chosen: list[Column], first: Ints, sizes: Ints) -> int:
+    """First of several mapped members whose header states another size than its index, or -1.
+
+    It is how a shard that has changed since it was indexed is found out in passing. The size is in the bytes 124 to 134
+    of a header.
+    """
+    begins = first - (BLOCK - 124)
+    spans = zip(chosen, begins.tolist(), (begins + _DIGITS).tolist(), strict=True)
+    found = b"".join([column.source[begin:end] for column, begin, end in spans])  # type: ignore[index]
+    if len(found) != len(first) * _DIGITS:
+        return 0
+    codes = np.frombuffer(found, dtype=np.uint8).reshape(-1, _DIGITS) ^ ord("0")
+    stated = codes.astype(np.float64) @ _OCTAL  # exact up to 2**53; anything but a digit makes it differ
+    for part in np.flatnonzero((stated != sizes) | (codes > 7).any(axis=1)).tolist():
+        begin, content = int(first[part]), chosen[part].source
+        if content is None or not states(content[begin - BLOCK : begin], int(sizes[part])):
+            return int(part)
+    return -1
+
+
+def _read_all(
+    chosen: list[Column], table: Ints, begins: Ints | None, lengths: Ints, target: memoryview, at: Ints
+) -> int:
+    """Copy the parts by system calls; the first one that cannot be had, or -1."""
+    starts = np.zeros_like(at) if begins is None else begins
+    numbers = (table[:, 0], table[:, 1], starts, lengths, at)
+    for part, (member, size, begin, length, place) in enumerate(zip(*(n.tolist() for n in numbers), strict=True)):
+        try:
+            if not _read(chosen[part].file, member, size, begin, target[place : place + length]):
+                return part
+        except OSError as error:
+            error.filename = part
+            raise
     return -1
 
 

@@ -87,7 +87,7 @@ def _check_prompt(module: Any, prompt: str) -> None:
     from callbacks.sampling import prompted
 
     tokens = prompted(module, None, prompt).prompt
-    length = 0 if tokens is None else tokens.shape[1]
+    length = -1 if tokens is None else tokens.shape[1]  # a caption has its own length
     if length >= module.codec.shape[0]:
         raise ValueError(
             f"--prompt has {length} tokens, and a sample of this model has {module.codec.shape[0]}. Type a shorter one."

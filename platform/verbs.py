@@ -204,7 +204,9 @@ def _sample(parser: Parser) -> None:
     parser.add_argument(
         "--label", type=at_least(-1), metavar="N", help="class, 0 to classes - 1, or -1 for none (default: all in turn)"
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="how every text begins (default: nothing)")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="how every text begins, or caption of every picture (default: nothing)"
+    )
     _kind(parser)
     parser.add_argument(
         "--out", metavar="DIR", help="folder to write (default: a folder named by the settings in RUN/sampled)"

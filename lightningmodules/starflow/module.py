@@ -435,6 +435,16 @@ class StarFlow(GenerativeModule):
         rows = flow.chunks(self.net, len(x), self._gradient_rows(), self.device)
         return flow.denoised(x, rows, nll_of, self._sigma, strength)
 
+    def caption(self, captions: Sequence[str]) -> Condition:
+        """The condition that stands for captions, one per sample.
+
+        Raises:
+            ValueError: this model is told no captions, or has no text encoder.
+        """
+        if not isinstance(self.told, Captions):
+            raise ValueError(f"This model is told {self._condition}, not captions. Leave the caption out.")
+        return Condition(text=self.told.encode(captions, self.device))
+
     def _gradient_rows(self) -> int:
         """Samples whose activations fit the budget: about 24 numbers per token, channel and layer are kept."""
         widths = sum(len(block.layers) * block.shape.channels for block in self.net.steps)
