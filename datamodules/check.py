@@ -336,7 +336,7 @@ def _compare_keys(names: Sequence[str], keys: Sequence[NDArray[np.bytes_]], repo
     shared = 0
     for place in again:
         first, second = shard[order[place]], shard[order[place + 1]]
-        if survey.split_of(names[first]) != survey.split_of(names[second]):
+        if split_of(names[first]) != survey.split_of(names[second]):
             shared += 1
         elif first != second:
             key = bytes(together[order[place]]).decode("utf-8", "surrogateescape")

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from datamodules import catalogue, tarindex
 from datamodules.catalogue import ShardEntry
 from datamodules.order import Ints
@@ -53,6 +56,9 @@ class Files(Protocol):
             OSError: it is not to be had.
         """
 
+    def keys_before(self, shard: int) -> NDArray[np.bytes_]:
+        """Keys of a shard before it was damaged or went away, bytes (n,); none where nothing tells of them."""
+
     def stored(self, shard: int, name: str, shape: tuple[int, int]) -> Ints | None:
         """A measured column from beside the shard or from the cache, or None."""
 
@@ -86,10 +92,10 @@ class LocalFiles:
         self.cards = [index.card for index in listed.values() if index]
         self.entries = [index.shards.get(path.name) if (index := listed[path.parent]) else None for path in self.paths]
         few = len(self.paths) <= _COMPARED_SHARDS
-        self.sizes = [
-            path.stat().st_size if few or entry is None else entry.bytes
-            for path, entry in zip(self.paths, self.entries, strict=True)
-        ]
+        pairs = list(zip(self.paths, self.entries, strict=True))
+        self._stats = [path.stat() if few or entry is None else None for path, entry in pairs]
+        stated = [0 if entry is None else entry.bytes for entry in self.entries]
+        self.sizes = [size if stat is None else stat.st_size for stat, size in zip(self._stats, stated, strict=True)]
 
     def open(self, shard: int) -> int:
         """A descriptor of the file."""
@@ -102,6 +108,14 @@ class LocalFiles:
     def scan(self, shard: int) -> TarIndex:
         """What the shard holds, from its bytes alone."""
         return tarindex.scan(self.paths[shard])
+
+    def keys_before(self, shard: int) -> NDArray[np.bytes_]:
+        """Keys of a shard before it was damaged or went away: the index beside it knows them, or the cache."""
+        path, stat = self.paths[shard], self._stats[shard]
+        found = tarindex.read(tarindex.sidecar(path), None)
+        if found is None and stat is not None:
+            found = tarindex.read(tarindex.cache_file(tarindex.identity(path, stat)), stat.st_size)
+        return np.zeros(0, dtype="S1") if found is None else found.keys
 
     def stored(self, shard: int, name: str, shape: tuple[int, int]) -> Ints | None:
         """A measured column from beside the shard or from the cache, or None."""

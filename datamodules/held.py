@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from datamodules.order import Ints, groups
 
 _ABSENT = np.iinfo(np.int64).min
-_LEAST = 2**16  # samples that fit in any case
 
 
 class Held:
@@ -21,13 +20,13 @@ class Held:
     Args:
         starts: number of the first sample of each shard, and the total, int64 (shards + 1,).
         load: values of all samples of a shard, (n,) or (n, width), of one type, or of byte strings of any length.
-        shards: how many average shards are remembered.
+        limit: how many samples are remembered, if one batch does not need more.
     """
 
-    def __init__(self, starts: Ints, load: Callable[[int], NDArray[Any]], shards: int) -> None:
+    def __init__(self, starts: Ints, load: Callable[[int], NDArray[Any]], limit: int) -> None:
         self._starts = starts
         self._load = load
-        self._limit = max(_LEAST, int(starts[-1]) * shards // max(1, len(starts) - 1))
+        self._limit = limit
         self._shift: Ints = np.full(len(starts) - 1, _ABSENT, dtype=np.int64)  # place less sample number
         self._values: NDArray[Any] | None = None
         self._used = 0

@@ -1,10 +1,8 @@
 """Facts about many samples at once: their keys, the sizes of their members, and the classes written in them."""
 
-import threading
-from collections import OrderedDict
-
 import numpy as np
 
+from datamodules.held import Held
 from datamodules.order import Ints, groups
 from datamodules.source import BadSample, Source, place
 
@@ -51,8 +49,7 @@ class Labels:
         self._source = source
         self._num_classes = num_classes
         self._offset = offset
-        self._kept: OrderedDict[int, Ints] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept = Held(source.starts, self._shard, _KEPT)
 
     def __call__(self, samples: Ints) -> Ints:
         """Label of each sample, int64 (n,).
@@ -60,9 +57,7 @@ class Labels:
         Raises:
             BadSample: a class is missing, no number, or out of range; ``row`` says which.
         """
-        stored = np.empty(len(samples), dtype=np.int64)
-        for shard, here in groups(shards_of(self._source, samples)):
-            stored[here] = self._shard(shard)[samples[here] - self._source.starts[shard]]
+        stored: Ints = self._kept(samples, shards_of(self._source, samples))
         labels = stored + self._offset
         wrong = np.flatnonzero((stored == _UNKNOWN) | (labels < 0) | (labels >= self._num_classes))
         for row in wrong.tolist():  # usually none; what could not be read with its shard gets another chance
@@ -71,19 +66,11 @@ class Labels:
 
     def _shard(self, shard: int) -> Ints:
         """Stored classes of a shard, ``_UNKNOWN`` for what is not to be had."""
-        with self._lock:
-            found = self._kept.get(shard)
-        if found is None:
-            samples = np.arange(self._source.starts[shard], self._source.starts[shard + 1], dtype=np.int64)
-            try:
-                found = self._read(shard, samples)
-            except ValueError:  # at least one of them
-                found = np.array([self._try(sample) for sample in samples.tolist()], dtype=np.int64)
-            with self._lock:
-                self._kept[shard] = found
-                while len(self._kept) > 1 and sum(map(len, self._kept.values())) > _KEPT:
-                    self._kept.popitem(last=False)
-        return found
+        samples = np.arange(self._source.starts[shard], self._source.starts[shard + 1], dtype=np.int64)
+        try:
+            return self._read(shard, samples)
+        except ValueError:  # at least one of them
+            return np.array([self._try(sample) for sample in samples.tolist()], dtype=np.int64)
 
     def _read(self, shard: int, samples: Ints) -> Ints:
         sizes = self._source.sizes(shard, "cls")

@@ -92,6 +92,11 @@ def of_split(names: Iterable[str], place: str, setting: str) -> list[str]:
     return chosen
 
 
+def split_of(name: str) -> str:
+    """Split of a shard by its name: "train" of "train-000012.tar", or the name without numbers."""
+    return name.removesuffix(".tar").rstrip("0123456789").rstrip("-_.") or "all"
+
+
 def _expand(path: Path, setting: str) -> list[Path]:
     """Files that one name stands for, absent ones included where their absence can be known."""
     if path.is_dir():

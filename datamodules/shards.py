@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _CHECKED_BYTES = 64 * 2**20  # sets up to this size are read and hashed before the start; it takes a moment
 _CACHE_BYTES = 64 * 2**30
+_HELD = 2**16  # samples whose places and keys are held in any case
 _REMOTE = re.compile(r"pipe:|(?!file:)[a-z][a-z0-9+.-]*://")
 
 
@@ -77,7 +78,8 @@ class ShardSet:
         stated = [entry.bytes if entry else size for entry, size in zip(self.files.entries, sizes, strict=True)]
         self._firsts: list[int] = self.starts.tolist()
         self.fingerprint = fingerprint(self.names, self.counts, stated)
-        self._keys = Held(self.starts, self._listed, self.open_shards)
+        self._room = max(_HELD, int(self.counts.sum()) * open_shards // max(1, len(self.counts)))
+        self._keys = Held(self.starts, self._listed, self._room)
         self.classes = self._count_classes()
 
     def extensions(self) -> tuple[str, ...]:
@@ -119,7 +121,7 @@ class ShardSet:
             found = self._keys(samples, np.searchsorted(self.starts, samples, side="right") - 1)
         except OSError:  # a shard has gone
             return [self.key(sample) for sample in samples.tolist()]
-        return b"\0".join(found.tolist()).decode("utf-8", "surrogateescape").split("\0")
+        return b"\0".join(found.tolist()).decode("utf-8", "surrogateescape").split("\0")  # no key has a zero byte
 
     def sizes_at(self, samples: Ints, extension: str) -> Ints:
         """Bytes of one member of each sample; 0 where it is missing or the shard is damaged. int64 (n,)."""
@@ -262,7 +264,7 @@ class ShardSet:
         rows = samples - self.starts[shards]
 
         try:
-            columns = {shard: self._column(shard, int(rows[asked]), asked) for shard, asked in _firsts(shards)}
+            columns = {shard: self._column(shard, rows, shards) for shard in np.flatnonzero(np.bincount(shards)).tolist()}
             table = self._held(extension)(samples, shards)
             failed = spans.copy(columns, shards, table, begins, lengths, out.reshape(-1), at)
         except OSError as error:
@@ -272,16 +274,20 @@ class ShardSet:
         if failed >= 0:
             raise self._unfit(int(shards[failed]), int(rows[failed]), failed, extension, begins, int(lengths[failed]))
 
-    def _column(self, shard: int, row: int, asked: int) -> Column:
-        """A shard opened for a batch; ``asked`` is the first sample of the batch that needs it, at ``row``."""
-        index, handle = self._open(shard, row, asked)
+    def _column(self, shard: int, rows: Ints, shards: Ints) -> Column:
+        """A shard opened for a batch of ``rows`` of ``shards``."""
+        index, handle = self._indices.get(shard), self._handles.get(shard)
+        if index is None or handle is None:
+            asked = int((shards == shard).argmax())
+            index, handle = self._open(shard, int(rows[asked]), asked)
         if index.problem and self.strict:
-            raise BadSample(damage(self.names[shard], index), row=asked)
+            raise BadSample(damage(self.names[shard], index), row=int((shards == shard).argmax()))
         try:
             return Column(handle)
         except OSError as error:
+            asked = int((shards == shard).argmax())
             self._forget(shard)
-            raise self._unreadable(shard, f"#{row}", error, asked) from error
+            raise self._unreadable(shard, f"#{rows[asked]}", error, asked) from error
 
     def _held(self, extension: str) -> Held:
         """Places and sizes of a member of all samples of the shards in use."""
@@ -291,12 +297,12 @@ class ShardSet:
             def load(shard: int) -> Ints:
                 return spans.members(self._index(shard), extension, int(self.counts[shard]))
 
-            found = self._places.setdefault(extension, Held(self.starts, load, self.open_shards))
+            found = self._places.setdefault(extension, Held(self.starts, load, self._room))
         return found
 
     def _unfit(self, shard: int, row: int, asked: int, extension: str, begins: Ints | None, length: int) -> BadSample:
         """Why a part of a member cannot be copied."""
-        index = self._index(shard)
+        index, _ = self._open(shard, row, asked)
         self._check_row(shard, row, index, asked)
         key = index.key(row)
         held = [name for name, at in zip(index.extensions, index.offsets[row], strict=True) if at >= 0]
@@ -410,12 +416,6 @@ class ShardSet:
                 if text.lstrip(b"-").isdigit():  # anything else is reported with its key when it is used
                     counter[int(text)] += 1
         return found if any(found) else None
-
-
-def _firsts(shards: Ints) -> list[tuple[int, int]]:
-    """Every different shard, in the order in which they are needed, and the first sample that needs it."""
-    numbers, firsts = np.unique(shards, return_index=True)
-    return sorted(zip(numbers.tolist(), firsts.tolist(), strict=True), key=lambda pair: pair[1])
 
 
 def _cut(name: str, key: str, at: int, end: int) -> str:

@@ -20,7 +20,8 @@ from datamodules.source import Bytes
 from datamodules.tarindex import BLOCK, TarIndex, states
 
 _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"}
-_DIGITS = 11  # of a size in a header, octal
+_SIZE_AT = BLOCK - 124  # bytes from the size in a header to the content behind it
+_DIGITS = 11  # of that size, octal
 _OCTAL = 8.0 ** np.arange(_DIGITS)[::-1]
 
 
@@ -129,33 +130,32 @@ def copy(
     if wrong.any():
         return int(wrong.argmax())
     chosen = [columns[shard] for shard in shards.tolist()]
-    if any(column.view is None for column in columns.values()):
+    if any(column.source is None for column in columns.values()):
         return _read_all(chosen, table, begins, lengths, out.data, at)
-    failed = _moved(chosen, first, sizes)
-    if failed >= 0:
-        return failed
     target = out.data
     places = (at.tolist(), (at + lengths).tolist())
     starts = first if begins is None else first + begins
-    for column, low, high, start, end in zip(chosen, *places, starts.tolist(), (first + stops).tolist(), strict=True):
-        target[low:high] = column.view[start:end]  # type: ignore[index]  # every shard is mapped
-    return -1
+    headers = (first - _SIZE_AT).tolist()
+    stated: list[bytes] = []
+    parts = zip(chosen, *places, starts.tolist(), (first + stops).tolist(), headers, strict=True)
+    for column, low, high, start, end, header in parts:
+        stated.append(column.source[header : header + _DIGITS])  # type: ignore[index]  # every shard is mapped
+        target[low:high] = column.view[start:end]  # type: ignore[index]
+    return _moved(chosen, first, sizes, stated)
 
 
-def _moved(chosen: list[Column], first: Ints, sizes: Ints) -> int:
+def _moved(chosen: list[Column], first: Ints, sizes: Ints, stated: list[bytes]) -> int:
     """First of several mapped members whose header states another size than its index, or -1.
 
-    It is how a shard that has changed since it was indexed is found out in passing. The size is in the bytes 124 to 134
-    of a header.
+    It is how a shard that has changed since it was indexed is found out in passing. ``stated`` is what stands where a
+    header has the size; it may be written in another way.
     """
-    begins = first - (BLOCK - 124)
-    spans = zip(chosen, begins.tolist(), (begins + _DIGITS).tolist(), strict=True)
-    found = b"".join([column.source[begin:end] for column, begin, end in spans])  # type: ignore[index]
+    found = b"".join(stated)
     if len(found) != len(first) * _DIGITS:
         return 0
     codes = np.frombuffer(found, dtype=np.uint8).reshape(-1, _DIGITS) ^ ord("0")
-    stated = codes.astype(np.float64) @ _OCTAL  # exact up to 2**53; anything but a digit makes it differ
-    for part in np.flatnonzero((stated != sizes) | (codes > 7).any(axis=1)).tolist():
+    numbers = codes.astype(np.float64) @ _OCTAL  # exact up to 2**53; anything but a digit makes it differ
+    for part in np.flatnonzero((numbers != sizes) | (codes > 7).any(axis=1)).tolist():
         begin, content = int(first[part]), chosen[part].source
         if content is None or not states(content[begin - BLOCK : begin], int(sizes[part])):
             return int(part)

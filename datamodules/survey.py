@@ -109,11 +109,6 @@ def entries(paths: Sequence[Path]) -> dict[Path, ShardEntry | None]:
     return {path: found.shards.get(path.name) if (found := folders[path.parent]) else None for path in paths}
 
 
-def split_of(name: str) -> str:
-    """Split of a shard by its name: "train" of "train-000012.tar", or the name without numbers."""
-    return name.removesuffix(".tar").rstrip("0123456789").rstrip("-_.") or "all"
-
-
 def in_parallel(
     function: Callable[[Path], T], paths: Sequence[Path], workers: int | None, progress: Progress, what: str
 ) -> Iterator[T]:

@@ -161,13 +161,13 @@ def load_open(file: int, known_as: str, beside: Path) -> TarIndex:
     return index
 
 
-def identity(path: Path) -> str:
-    """What stands for the content of a local shard: its path, size and time of change.
+def identity(path: Path, stat: os.stat_result | None = None) -> str:
+    """What stands for the content of a local shard: its path, size and time of change, as in ``stat`` or now.
 
     Raises:
         OSError: the shard is not there.
     """
-    stat = path.stat()
+    stat = stat or path.stat()
     return f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}"
 
 

@@ -205,7 +205,7 @@ def _sample(parser: Parser) -> None:
         "--label", type=at_least(-1), metavar="N", help="class, 0 to classes - 1, or -1 for none (default: all in turn)"
     )
     parser.add_argument(
-        "--prompt", metavar="TEXT", help="how every text begins, or caption of every picture (default: nothing)"
+        "--prompt", metavar="TEXT", help="how every text begins, or caption of every picture (default: none)"
     )
     _kind(parser)
     parser.add_argument(

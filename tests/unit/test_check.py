@@ -277,8 +277,8 @@ def test_survey_counts(root: Path) -> None:
     assert list(found) == ["train"]
     assert found["train"].samples == 120
     assert found["train"].members["cls"] == (120, 120)
-    assert survey.split_of("x.tar") == "x"
-    assert survey.split_of("00012.tar") == "all"
+    assert split_of("x.tar") == "x"
+    assert split_of("00012.tar") == "all"
 
 
 def test_contact_sheet(root: Path) -> None:
