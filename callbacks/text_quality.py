@@ -1,7 +1,7 @@
 """How good generated text is: entropy, diversity, perplexity under another model, and whether code parses."""
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from callbacks.features.scorer import Scorer
-from callbacks.features.text import distinct, parses, unigram_entropy
+from callbacks.features.text import distinct, unigram_entropy
 from callbacks.records import scalars
 from callbacks.sampling import guidance_of, plain, shares
 from callbacks.validations import AtValidations
@@ -22,11 +22,11 @@ class TextQuality(AtValidations):
     """Numbers about generated text at every n-th validation.
 
     ``metrics/entropy`` (mean entropy of each sample's own tokens, nats), ``metrics/distinct_<n>`` (share of different
-    n-grams over all samples; ``_mean``: mean of each sample's own), ``metrics/gen_ppl_<scorer>``, ``metrics/parses``
-    (share of samples that are valid Python), ``metrics/mauve``, and ``metrics/evaluations`` (network calls per
-    sample). ``metrics/entropy_data`` is the entropy of held-out rows: a perplexity bought with less than that is none.
-    Sample i has seed ``first_seed + i``, and the seeds are dealt out to the ranks, so the numbers do not depend on how
-    many ranks there are.
+    n-grams over all samples; ``_mean``: mean of each sample's own), ``metrics/gen_ppl_<scorer>``, ``metrics/<rule>``
+    (share of samples that keep a rule), ``metrics/mauve``, and ``metrics/evaluations`` (network calls per sample).
+    ``metrics/entropy_data`` is the entropy of held-out rows: a perplexity bought with less than that is none. Sample i
+    has seed ``first_seed + i``, and the seeds are dealt out to the ranks, so the numbers do not depend on how many
+    ranks there are.
 
     Args:
         settings: keywords of the room's ``sample``; the experiment's ``sampling`` block.
@@ -34,7 +34,8 @@ class TextQuality(AtValidations):
         every: validations between measurements; the last validation always measures.
         weights: kinds to measure; ``ema`` is the first average. Others than the first carry a suffix.
         scorer: what scores the texts, from ``callbacks.features.scorer``; None for no perplexity.
-        code: also count the samples that ``ast.parse`` accepts; nothing is executed.
+        rules: name to a function of a text that says whether it is right, e.g. ``{parses: {_target_:
+            callbacks.features.text.parses, _partial_: true}}`` for code; nothing is executed.
         mauve: folder of a model whose features MAUVE compares with held-out text (package mauve-text, extra
             ``mauve``); None for no MAUVE.
         first_seed: seed of the first sample.
@@ -52,7 +53,7 @@ class TextQuality(AtValidations):
         every: int = 1,
         weights: Sequence[str] = ("ema",),
         scorer: Scorer | None = None,
-        code: bool = False,
+        rules: Mapping[str, Callable[[str], bool]] | None = None,
         mauve: str | None = None,
         first_seed: int = 0,
         chunk: int = 64,
@@ -64,7 +65,8 @@ class TextQuality(AtValidations):
             )
         self.settings: dict[str, Any] = plain(settings or {})
         self.n, self.every, self.weights, self.scorer = n, every, tuple(weights), scorer
-        self.code, self.mauve, self.first_seed, self.chunk = code, mauve, first_seed, chunk
+        self.rules = dict(rules or {})
+        self.mauve, self.first_seed, self.chunk = mauve, first_seed, chunk
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check before anything is trained."""
@@ -125,8 +127,8 @@ class TextQuality(AtValidations):
         if self.scorer is not None:
             nats, count = self.scorer.score(texts, module.device)
             values[f"metrics/gen_ppl_{self.scorer.name}"] = float(torch.tensor(nats / max(1, count)).exp())
-        if self.code:
-            values["metrics/parses"] = sum(map(parses, texts)) / len(texts)
+        for name, rule in self.rules.items():
+            values[f"metrics/{name}"] = sum(map(rule, texts)) / len(texts)
         if self.mauve is not None and data is not None:
             values["metrics/mauve"] = self._mauve(texts, list(module.codec.decode(data)))
         return values

@@ -25,18 +25,20 @@ class BadSamples:
 
     Args:
         total: samples in the set.
-        max_fraction: accepted share of them, 0..1.
+        max_fraction: accepted share of them and of those lost before, 0..1.
+        lost: samples that were lost before, so that they have no number.
     """
 
-    def __init__(self, total: int, max_fraction: float = 0.0) -> None:
+    def __init__(self, total: int, max_fraction: float = 0.0, lost: int = 0) -> None:
         self.total = total
         self.max_fraction = max_fraction
+        self.lost = lost
         self._seen: set[int] = set()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        """Number of different bad samples so far."""
-        return len(self._seen)
+        """Number of different bad samples so far, with those lost before."""
+        return self.lost + len(self._seen)
 
     def __contains__(self, sample: int) -> bool:
         """Whether a sample was found to be bad."""
@@ -55,10 +57,11 @@ class BadSamples:
         with self._lock:
             new = sample not in self._seen
             self._seen.add(sample)
-            count = len(self._seen)
-        if count > self.max_fraction * self.total:
+            count = len(self)
+        every = self.total + self.lost
+        if count > self.max_fraction * every:
             allowed = f"data.max_bad_fraction={self.max_fraction:g}"
-            so_far = f" Bad samples so far: {count} of {self.total}; training stops above {allowed}."
+            so_far = f" Bad samples so far: {count} of {every}; training stops above {allowed}."
             raise ValueError(f"{error}. {error.advice}{so_far if self.max_fraction else ''}") from error
         if new:
             log.warning("skipped: %s (%d bad samples so far)", error, count)

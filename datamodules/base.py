@@ -242,8 +242,8 @@ class ShardData(L.LightningDataModule):
 
     @property
     def bad_samples(self) -> int:
-        """Different samples that this process could not use so far."""
-        return sum(len(bad) for bad in self._bad.values())
+        """Different samples that were lost before the start, or that this process could not use so far."""
+        return sum(len(self.bad_of(split)) for split in self._sources)
 
     def health(self) -> dict[str, float]:
         """Numbers for the logs: where in the epoch training stands, per source of a mixture too, and what was lost.
@@ -381,7 +381,8 @@ class ShardData(L.LightningDataModule):
     def bad_of(self, split: str) -> BadSamples:
         """The account of bad samples of a split."""
         if split not in self._bad:
-            self._bad[split] = BadSamples(int(self.source_of(split).counts.sum()), self.max_bad_fraction)
+            source = self.source_of(split)
+            self._bad[split] = BadSamples(int(source.counts.sum()), self.max_bad_fraction, source.lost)
         return self._bad[split]
 
     def training_sequence(self) -> Any:

@@ -15,6 +15,7 @@ from datamodules import catalogue, manifest, salvage, survey, tarindex
 from datamodules.catalogue import ShardEntry
 from datamodules.inputs.accept import whole
 from datamodules.inputs.entries import Refused
+from datamodules.patterns import split_of
 from datamodules.survey import Facts, Progress
 from datamodules.tarindex import TarIndex
 from datamodules.transforms import IMAGE_EXTENSIONS
@@ -125,6 +126,8 @@ class _ShardCheck:
             labels = survey.labels(self.path, index)
             shapes = survey.shapes(self.path, index)
             self._check_index(index, shapes)
+            if told := _dotted(index.extensions):
+                self._add("", told)
             self._check_labels(index, labels)
             decoded = self._check_samples(index)
             return _ShardReport(self.problems, survey.facts(self.path, index, labels, shapes), decoded, index.keys)
@@ -250,6 +253,21 @@ class _ShardCheck:
         return changed
 
 
+def _dotted(extensions: Sequence[str]) -> str:
+    """What is wrong if several members differ in a leading number only: their keys had dots."""
+    kinds: dict[str, list[str]] = {}
+    for name in extensions:
+        number, dot, kind = name.partition(".")
+        if dot and number.isdigit():
+            kinds.setdefault(kind, []).append(name)
+    for kind, names in kinds.items():
+        if len(names) > 1 or kind in IMAGE_EXTENSIONS:
+            more = f", .{names[1]}" if len(names) > 1 else ""
+            told = f"its samples have members .{names[0]}{more}: a key ends at the first dot of the name"
+            return f"{told}. Write it again without dots in the keys"
+    return ""
+
+
 def fault(extension: str, data: bytes, card: Any = None) -> str:
     """What is wrong with one member, or an empty string.
 
@@ -336,7 +354,7 @@ def _compare_keys(names: Sequence[str], keys: Sequence[NDArray[np.bytes_]], repo
     shared = 0
     for place in again:
         first, second = shard[order[place]], shard[order[place + 1]]
-        if split_of(names[first]) != survey.split_of(names[second]):
+        if split_of(names[first]) != split_of(names[second]):
             shared += 1
         elif first != second:
             key = bytes(together[order[place]]).decode("utf-8", "surrogateescape")

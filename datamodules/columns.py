@@ -34,6 +34,7 @@ class Joined:
         self.starts = primary.starts
         self.classes = primary.classes
         self.fingerprint = primary.fingerprint
+        self.lost = max(part.lost for part in self._parts.values())
         self._same: set[int] = set()
         self._lock = threading.Lock()
         self._members: dict[str, ShardSet] = {}

@@ -56,9 +56,6 @@ class Files(Protocol):
             OSError: it is not to be had.
         """
 
-    def keys_before(self, shard: int) -> NDArray[np.bytes_]:
-        """Keys of a shard before it was damaged or went away, bytes (n,); none where nothing tells of them."""
-
     def stored(self, shard: int, name: str, shape: tuple[int, int]) -> Ints | None:
         """A measured column from beside the shard or from the cache, or None."""
 
@@ -110,7 +107,7 @@ class LocalFiles:
         return tarindex.scan(self.paths[shard])
 
     def keys_before(self, shard: int) -> NDArray[np.bytes_]:
-        """Keys of a shard before it was damaged or went away: the index beside it knows them, or the cache."""
+        """Keys of a shard before it was damaged or went away, (n,): the index beside it knows them, or the cache."""
         path, stat = self.paths[shard], self._stats[shard]
         found = tarindex.read(tarindex.sidecar(path), None)
         if found is None and stat is not None:

@@ -54,6 +54,7 @@ class ImageFolder:
         if self.class_names:
             self.classes = [Counter(self._labels[name.split("/", 1)[0]] for name in self.files)]
         self.fingerprint = fingerprint(self.files, [1] * len(self.files), [0] * len(self.files))
+        self.lost = 0
 
     def key(self, sample: int) -> str:
         """Relative name without its extension."""

@@ -14,7 +14,7 @@ from datamodules.imagereader import Batch, Columns, Items, Members
 from datamodules.images import Images
 from datamodules.loader import Buffers
 from datamodules.order import CAPTION, Ints, choose, sample_bits
-from datamodules.source import Source
+from datamodules.source import Source, first_dots
 from datamodules.tokenizers import Tokenizer
 
 _JSON = "json:"
@@ -50,8 +50,8 @@ class ImageText(Images):
         channels: 1 (grey) or 3 (RGB).
         num_classes: number of classes; 0 for data without labels.
         captions: member that holds the caption, or {member: probability}: one is drawn per sample and epoch, a pure
-            function of (seed, epoch, sample). ``json:NAME`` is the entry NAME of the member ``json``. Validation takes
-            the first. None for no captions.
+            function of (seed, epoch, sample), of those that the sample has. ``json:NAME`` is the entry NAME of the
+            member ``json``. Validation takes the first that the sample has. None for no captions.
         caption_suffix: added to every caption; ``{ratio}`` in it becomes the ratio of the batch's images, e.g. "16:9".
         tokenizer: turns captions into tokens; None for no tokens.
         length: tokens per caption.
@@ -192,6 +192,7 @@ class ImageText(Images):
                 raise ValueError(
                     f"{setting}: the samples of {source.names[0]} have {listed}, but data.{key} wants .{name}. "
                     f"Set data.{key} to a member that is there or to null, or add the folder with it to data.columns."
+                    + first_dots(members, [name])
                 )
 
     def _check_settings(self) -> None:
@@ -216,18 +217,29 @@ class ImageText(Images):
             raise ValueError("data.flip=true mirrors images only, not data.latents. Set data.flip=false.")
 
     def _texts(self, training: bool) -> Columns:
-        first = list(self.captions)[:1]
-        names = sorted(self.captions)  # the order they are written in decides nothing but the one for validation
-        shares = [self.captions[name] for name in names]
+        names = list(self.captions)
+        if training:  # the order they are written in decides nothing but the one for validation
+            names = sorted(name for name, share in self.captions.items() if share > 0)
+
+        def draw(epochs: Ints, samples: Ints, among: list[str]) -> list[int]:
+            shares = [self.captions[name] for name in among]
+            bits = sample_bits(self.seed, epochs, samples, CAPTION)
+            found: list[int] = choose(bits, [share / sum(shares) for share in shares]).tolist()
+            return found
 
         def column(items: Items) -> Captions:
             suffix = self.caption_suffix.replace(_RATIO, self.shape_for(items)[1])
 
-            def pick(rows: slice | list[int], samples: Ints) -> list[str]:
-                if not training or len(names) == 1:
-                    return first * len(samples)
-                bits = sample_bits(self.seed, items.epochs[rows], samples, CAPTION)
-                return [names[number] for number in choose(bits, shares)]
+            first = items.samples.tolist()
+            drawn = draw(items.epochs, items.samples, names) if training else []
+
+            def pick(row: int, sample: int, members: Members) -> str:
+                there = names if len(names) == 1 else [name for name in names if has_caption(members, name)]
+                if not training or len(there) < 2:
+                    return (there or names)[0]
+                if len(there) == len(names) and sample == first[row]:
+                    return names[drawn[row]]
+                return there[draw(items.epochs[row : row + 1], np.array([sample], dtype=np.int64), there)[0]]
 
             return Captions(items, pick, suffix, self._encoder())
 
@@ -282,7 +294,7 @@ class Captions:
 
     Args:
         items: the batch's items.
-        pick: from rows and their samples to the member of each that holds the caption.
+        pick: from a row, its sample and the members of that to the one that holds the caption.
         suffix: added to every caption.
         encode: from all captions to more entries; None for none.
     """
@@ -290,23 +302,18 @@ class Captions:
     def __init__(
         self,
         items: Items,
-        pick: Callable[[Any, Ints], list[str]],
+        pick: Callable[[int, int, Members], str],
         suffix: str,
         encode: Callable[[list[str]], Batch] | None,
     ) -> None:
-        self._first = items.samples.copy()
         self._pick = pick
         self._suffix = suffix
         self._encode = encode
-        self._names = pick(slice(None), self._first)
-        self._texts = [""] * len(self._names)
+        self._texts = [""] * len(items.samples)
 
     def take(self, row: int, sample: int, members: Members) -> None:
         """Read the caption of one sample; white space around it is dropped."""
-        name = self._names[row]
-        if sample != self._first[row]:  # a replacement draws for itself
-            name = self._pick([row], np.array([sample], dtype=np.int64))[0]
-        self._texts[row] = caption_of(members, name) + self._suffix
+        self._texts[row] = caption_of(members, self._pick(row, sample, members)) + self._suffix
 
     def entries(self) -> Batch:
         """The captions and their tokens."""
@@ -375,6 +382,17 @@ class Latents:
     def entries(self) -> Batch:
         """The latents."""
         return {"latent": torch.from_numpy(self._values)}
+
+
+def has_caption(members: Members, name: str) -> bool:
+    """Whether a sample has a certain one of several captions; one that cannot be read counts as had."""
+    if not name.startswith(_JSON):
+        return name in members
+    try:
+        entry = json.loads(members.get("json", b"null"))
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        return True
+    return isinstance(entry, dict) and entry.get(name.removeprefix(_JSON)) is not None
 
 
 def caption_of(members: Members, name: str) -> str:

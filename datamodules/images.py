@@ -14,7 +14,7 @@ from datamodules.buckets import BucketOrder, Buckets
 from datamodules.imagereader import Columns, Items, Labels, Pictures, SampleReader
 from datamodules.loader import Buffers, SizedLoader
 from datamodules.order import InOrder, Ints, Lookup
-from datamodules.source import Source
+from datamodules.source import Source, first_dots
 from datamodules.transforms import IMAGE_EXTENSIONS, picture_of, shape_of
 
 _REFERENCE_BATCH = 256
@@ -200,6 +200,7 @@ class Images(ShardData):
             raise ValueError(
                 f"{setting}: the samples of {source.names[0]} have {listed}, but no image "
                 f"({', '.join(f'.{name}' for name in IMAGE_EXTENSIONS)}). Set {setting} to image shards."
+                + first_dots(members, IMAGE_EXTENSIONS)
             )
 
     def check_classes(self, source: Source, setting: str) -> None:
@@ -210,6 +211,7 @@ class Images(ShardData):
             raise ValueError(
                 f"{setting}: the samples of {source.names[0]} have {listed}, but no class (.cls), and "
                 f"data.num_classes={self.num_classes} wants one. Set data.num_classes=0, or use shards with classes."
+                + first_dots(members, ["cls"])
             )
         if not self.num_classes or source.classes is None:
             return

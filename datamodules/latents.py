@@ -16,7 +16,7 @@ from datamodules.base import ShardData
 from datamodules.loader import Buffers
 from datamodules.members import Labels, keys_of, sizes_of
 from datamodules.order import Ints, Lookup, sample_bits
-from datamodules.source import BadSample, Source, place
+from datamodules.source import BadSample, Source, first_dots, place
 
 Batch = dict[str, Any]
 
@@ -204,6 +204,7 @@ class Latents(ShardData):
                 first = source.names[0]
                 raise ValueError(
                     f"{setting}: the samples of {first} have {listed}, but no .{member}. {wanted[member]}."
+                    + first_dots(members, [member])
                 )
         card = _checked_card(source.described(LATENT), setting)
         if self.encoder is not None and card["encoder"] != self.encoder:

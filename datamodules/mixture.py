@@ -186,6 +186,7 @@ class Concatenated:
         self.classes: list[Counter[int]] | None = list(chain(*listed)) if len(listed) == len(known) else None
         digest = hashlib.sha256("\0".join(part.fingerprint for part in self._parts).encode())
         self.fingerprint = digest.hexdigest()[:32]
+        self.lost = sum(part.lost for part in self._parts)
         self._samples = np.concatenate([[0], np.cumsum([int(part.counts.sum()) for part in self._parts])])
         self._shards = np.concatenate([[0], np.cumsum([len(part.names) for part in self._parts])])
 

@@ -17,11 +17,12 @@ A row is one item of the training sequence. Three ways to fill rows of T tokens:
 import bisect
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from datamodules.held import Held
 from datamodules.mixture import Schedule, mixture_length, mixture_meaning
 from datamodules.order import PACKING, Ints, Meaning, Order, groups, over_shards, remember, sample_bits
 
@@ -189,28 +190,18 @@ class _Single:
 
     def __init__(self, order: Order, lengths: Callable[[int], Ints], width: int) -> None:
         self._order = order
-        self._lengths = lengths
         self._width = width
         self._starts: Ints = np.concatenate([[0], np.cumsum(order.counts)]).astype(np.int64)
         self.content = order.total
         self.tokens = -1
-        self._limit = _CACHED_WINDOWS * order.window
-        self._known: OrderedDict[int, Ints] = OrderedDict()
-        self._lock = threading.Lock()
+        room = order.total * _CACHED_WINDOWS * order.window // len(order.counts)
+        self._known = Held(self._starts, lengths, room)
 
     def pieces(self, positions: Ints) -> Pieces:
         epochs, samples = self._order(positions)
-        lengths = np.empty_like(samples)
-        for shard, here in groups(np.searchsorted(self._starts, samples, side="right") - 1):
-            lengths[here] = self._shard(shard)[samples[here] - self._starts[shard]]
+        lengths = self._known(samples, np.searchsorted(self._starts, samples, side="right") - 1)
         none = np.zeros_like(samples)
         return Pieces(np.arange(len(samples)), none, epochs, samples, none, np.minimum(lengths, self._width))
-
-    def _shard(self, shard: int) -> Ints:
-        with self._lock:
-            if shard not in self._known:
-                remember(self._known, shard, self._lengths(shard), self._limit)
-            return self._known[shard]
 
 
 class _Joined:
@@ -229,33 +220,39 @@ class _Joined:
         self._lock = threading.Lock()
 
     def pieces(self, positions: Ints) -> Pieces:
-        """Cut the rows at the ends of epochs, those pieces at the ends of windows, and those at the ends of texts."""
+        """Cut the rows at the borders of the documents, window by window; nearly always all are in one window."""
         begin = positions * self._width
-        first, last = begin // self.tokens, (begin + self._width - 1) // self.tokens
-        rows, epochs = _expand(first, last)
-        low = np.maximum(begin[rows] - epochs * self.tokens, 0)
-        high = np.minimum(begin[rows] + self._width - epochs * self.tokens, self.tokens)
+        end = begin + self._width
         parts = []
         with self._lock:
-            for epoch, in_epoch in groups(epochs):
-                spans, windows, starts, stops = _cut(low[in_epoch], high[in_epoch], self._ends(epoch))
-                for window, here in groups(windows):
-                    samples, ends = self._window(epoch, window)
-                    before = self._ends(epoch)[window - 1] if window else 0
-                    part, texts, texts_from, texts_to = _cut(starts[here], stops[here], ends)
-                    row = rows[in_epoch[spans[here[part]]]]
-                    start = epoch * self.tokens + before + np.where(texts, ends[texts - 1], 0) + texts_from
-                    parts.append(
-                        Pieces(
-                            row,
-                            start - begin[row],
-                            np.full(len(row), epoch, dtype=np.int64),
-                            samples[texts],
-                            texts_from,
-                            texts_to - texts_from,
-                        )
-                    )
-        return _sorted(parts)
+            for epoch in range(
+                int(begin.min(initial=0)) // self.tokens, (int(end.max(initial=0)) - 1) // self.tokens + 1
+            ):
+                ends = self._ends(epoch)
+                offset = epoch * self.tokens
+                low, high = (np.clip(edge - offset, 0, self.tokens) for edge in (begin, end))
+                first = np.searchsorted(ends, low, side="right")
+                last = np.where(low < high, np.searchsorted(ends, high - 1, side="right"), first - 1)
+                for window in np.unique(_expand(first, last)[1]).tolist():
+                    parts.append(self._inside(epoch, window, begin - offset, end - offset))
+        return parts[0] if len(parts) == 1 else _sorted(parts)
+
+    def _inside(self, epoch: int, window: int, begin: Ints, end: Ints) -> Pieces:
+        """What rows have of one window; ``begin`` and ``end`` of the rows are counted from the start of the epoch."""
+        samples, borders = self._window(epoch, window)
+        low, high = np.maximum(begin, borders[0]), np.minimum(end, borders[-1])
+        rows = np.flatnonzero(low < high)
+        low, high = low[rows], high[rows]
+        first = np.searchsorted(borders, low, side="right") - 1
+        last = np.searchsorted(borders, high, side="left") - 1
+        which, texts = _expand(first, last)
+        starts = np.maximum(borders[texts], low[which])
+        lengths = np.minimum(borders[texts + 1], high[which]) - starts
+        row = rows[which]
+        columns = (row, starts - begin[row], np.full(len(row), epoch), samples[texts], starts - borders[texts], lengths)
+        if lengths.min(initial=1) > 0:
+            return Pieces(*columns)
+        return Pieces(*(column[lengths > 0] for column in columns))  # a document without tokens has no part
 
     def _ends(self, epoch: int) -> Ints:
         """Tokens of an epoch up to the end of each window."""
@@ -267,11 +264,13 @@ class _Joined:
         return self._epochs[epoch]
 
     def _window(self, epoch: int, window: int) -> tuple[Ints, Ints]:
-        """Documents of a window in reading order, and the tokens up to the end of each."""
+        """Documents of a window in reading order, and where in the epoch each begins; also where the last ends."""
         place = (epoch, window)
         if place not in self._windows:
-            ends: Ints = np.cumsum(self._order.arrange(epoch, window, self._lengths))
-            remember(self._windows, place, (self._order.window_samples(epoch, window), ends), _CACHED_WINDOWS)
+            lengths = self._order.arrange(epoch, window, self._lengths)
+            before = self._ends(epoch)[window - 1] if window else 0
+            borders: Ints = before + np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            remember(self._windows, place, (self._order.window_samples(epoch, window), borders), _CACHED_WINDOWS)
         return self._windows[place]
 
 
@@ -291,25 +290,50 @@ class _Packed:
         if not self.tokens:
             raise ValueError(_EMPTY)
         self._rows = Order(counted[:, 0], order.seed, order.window, order.source)
-        self._row_starts: Ints = np.concatenate([[0], np.cumsum(counted[:, 0])]).astype(np.int64)
         self.content = self._rows.total
-        self._limit = _CACHED_WINDOWS * order.window
-        self._packed: OrderedDict[tuple[int, int], tuple[Ints, Pieces]] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], tuple[Ints, Pieces]] = OrderedDict()
         self._lock = threading.Lock()
 
     def pieces(self, positions: Ints) -> Pieces:
-        epochs, rows = self._rows(positions)
+        epochs, inside = np.divmod(positions, self.content)
         parts = []
         with self._lock:
             for epoch, in_epoch in groups(epochs):
-                for shard, among in groups(np.searchsorted(self._row_starts, rows[in_epoch], side="right") - 1):
-                    here = in_epoch[among]
-                    firsts, packed = self._shard(epoch, shard)
-                    inside = rows[here] - self._row_starts[shard]
-                    which, chosen = _expand(firsts[inside], firsts[inside + 1] - 1)
-                    part = Pieces(*(column[chosen] for column in packed))
-                    parts.append(part._replace(row=here[which]))
-        return _sorted(parts)
+                _, ends = self._rows.windows(epoch)
+                places = inside[in_epoch]
+                for window, among in groups(np.searchsorted(ends, places, side="right")):
+                    firsts, planned = self._window(epoch, window)
+                    rows = places[among] - (ends[window - 1] if window else 0)
+                    which, chosen = _expand(firsts[rows], firsts[rows + 1] - 1)
+                    part = Pieces(*(column[chosen] for column in planned))
+                    parts.append(part._replace(row=in_epoch[among[which]]))
+        return parts[0] if len(parts) == 1 else _sorted(parts)
+
+    def _window(self, epoch: int, window: int) -> tuple[Ints, Pieces]:
+        """Where the pieces of each row of a window begin (rows + 1,), and the pieces of all its rows, as they are read.
+
+        Planned once, so that a batch is a slice of it.
+        """
+        place = (epoch, window)
+        if place not in self._windows:
+            shards, _ = self._rows.windows(epoch)
+            mixed = range(window * self._rows.window, min((window + 1) * self._rows.window, len(shards)))
+            packed = {int(shards[k]): self._shard(epoch, int(shards[k])) for k in mixed}
+            numbers = np.concatenate([np.diff(firsts) for firsts, _ in packed.values()])  # pieces of every row
+            starts = np.cumsum(numbers) - numbers
+            shuffled = self._rows.arrange(epoch, window, self._row_numbers(packed))
+            which, chosen = _expand(starts[shuffled], starts[shuffled] + numbers[shuffled] - 1)
+            columns = zip(*(pieces for _, pieces in packed.values()), strict=True)
+            pieces = Pieces(*(np.concatenate(column)[chosen] for column in columns))._replace(row=which)
+            firsts = np.concatenate([[0], np.cumsum(numbers[shuffled])]).astype(np.int64)
+            remember(self._windows, place, (firsts, pieces), _CACHED_WINDOWS)
+        return self._windows[place]
+
+    def _row_numbers(self, packed: Iterable[int]) -> Callable[[int], Ints]:
+        """Numbers of the rows of each of several shards, counted through them."""
+        counts = self._rows.counts
+        starts = dict(zip(packed, np.cumsum([0, *(counts[shard] for shard in packed)]).tolist(), strict=False))
+        return lambda shard: np.arange(starts[shard], starts[shard] + counts[shard])
 
     def _count(self, shard: int) -> tuple[int, int]:
         """Rows and tokens of a shard."""
@@ -319,20 +343,17 @@ class _Packed:
 
     def _shard(self, epoch: int, shard: int) -> tuple[Ints, Pieces]:
         """Where the pieces of each row of a shard begin (rows + 1,), and the pieces of all its rows."""
-        place = (epoch, shard)
-        if place not in self._packed:
-            documents, begins, sizes = _chunks(self._lengths(shard), self._width)
-            rows, steps = best_fit(np.bincount(sizes), self._width)
-            row, at = _unrolled(steps)
-            samples = self._starts[shard] + documents
-            epochs = np.full(len(samples), epoch, dtype=np.int64)
-            deal = np.lexsort((sample_bits(self._seed, epochs, samples, PACKING), -sizes))  # longest first, then chance
-            by_row = np.argsort(row, kind="stable")
-            dealt = deal[by_row]
-            packed = Pieces(row[by_row], at[by_row], epochs, samples[dealt], begins[dealt], sizes[dealt])
-            firsts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))]).astype(np.int64)
-            remember(self._packed, place, (firsts, packed), self._limit)
-        return self._packed[place]
+        documents, begins, sizes = _chunks(self._lengths(shard), self._width)
+        rows, steps = best_fit(np.bincount(sizes), self._width)
+        row, at = _unrolled(steps)
+        samples = self._starts[shard] + documents
+        epochs = np.full(len(samples), epoch, dtype=np.int64)
+        deal = np.lexsort((sample_bits(self._seed, epochs, samples, PACKING), -sizes))  # longest first, then chance
+        by_row = np.argsort(row, kind="stable")
+        dealt = deal[by_row]
+        packed = Pieces(row[by_row], at[by_row], epochs, samples[dealt], begins[dealt], sizes[dealt])
+        firsts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))]).astype(np.int64)
+        return firsts, packed
 
 
 def best_fit(counts: Ints, width: int) -> tuple[int, Ints]:
@@ -405,25 +426,6 @@ def _expand(first: Ints, last: Ints) -> tuple[Ints, Ints]:
     which = np.repeat(np.arange(len(first)), numbers)
     offsets = np.arange(len(which)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
     return which, first[which] + offsets
-
-
-def _cut(begin: Ints, end: Ints, ends: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-    """Cut spans at the borders of neighbouring bins.
-
-    Args:
-        begin: first place of each span, int64 (n,).
-        end: place after the last, int64 (n,), beyond ``begin``.
-        ends: where each bin ends, ascending; the first begins at 0.
-
-    Returns:
-        Per part: its span, its bin, and its first place and the place after its last inside the bin; int64 (k,) each.
-    """
-    spans, bins = _expand(np.searchsorted(ends, begin, side="right"), np.searchsorted(ends, end - 1, side="right"))
-    starts = np.where(bins, ends[bins - 1], 0)
-    low = np.maximum(begin[spans], starts) - starts
-    high = np.minimum(end[spans], ends[bins]) - starts
-    kept = high > low  # empty bins have no part
-    return spans[kept], bins[kept], low[kept], high[kept]
 
 
 def _sorted(parts: Sequence[Pieces]) -> Pieces:

@@ -183,10 +183,6 @@ class RemoteFiles:
         finally:
             os.close(file)
 
-    def keys_before(self, shard: int) -> "NDArray[np.bytes_]":
-        """None that ``index`` does not know: only sound copies are kept, and their index stays."""
-        return np.zeros(0, dtype="S1")
-
     def stored(self, shard: int, name: str, shape: tuple[int, int]) -> Ints | None:
         """A measured column from beside the shard or from the cache, or None."""
         known = self._shards[shard]

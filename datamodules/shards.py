@@ -8,7 +8,7 @@ import operator
 import os
 import re
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from datamodules.order import Ints, fingerprint
 from datamodules.patterns import find
 from datamodules.source import BadSample, Bytes, Measure, Members, Source, measure_rows
 from datamodules.spans import Column, Handle
-from datamodules.stock import damage, take_stock
+from datamodules.stock import count_classes, damage, take_stock
 from datamodules.tarindex import BLOCK, TarIndex, states
 
 __all__ = ["BadSample", "ShardSet", "Source", "find", "open_source"]
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _CHECKED_BYTES = 64 * 2**20  # sets up to this size are read and hashed before the start; it takes a moment
 _CACHE_BYTES = 64 * 2**30
+_NOTHING = np.zeros(0, dtype="S1")
 _HELD = 2**16  # samples whose places and keys are held in any case
 _REMOTE = re.compile(r"pipe:|(?!file:)[a-z][a-z0-9+.-]*://")
 
@@ -73,14 +74,18 @@ class ShardSet:
         self._places: dict[str, Held] = {}  # of members, by extension
         sizes = self.files.sizes
         self.bytes = sum(sizes)
-        self.counts: Ints = take_stock(self.files, setting, max_bad_fraction, _CHECKED_BYTES)
+        stock = take_stock(self.files, setting, max_bad_fraction, _CHECKED_BYTES)
+        self.counts: Ints = stock.counts
+        self.lost = stock.lost
+        self._repeats = stock.repeats
+        self._before = stock.keys
         self.starts: Ints = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
         stated = [entry.bytes if entry else size for entry, size in zip(self.files.entries, sizes, strict=True)]
         self._firsts: list[int] = self.starts.tolist()
         self.fingerprint = fingerprint(self.names, self.counts, stated)
         self._room = max(_HELD, int(self.counts.sum()) * open_shards // max(1, len(self.counts)))
         self._keys = Held(self.starts, self._listed, self._room)
-        self.classes = self._count_classes()
+        self.classes = count_classes(self.files, self.counts, self.read, _CHECKED_BYTES)
 
     def extensions(self) -> tuple[str, ...]:
         """Member names of the first readable shard's samples."""
@@ -97,13 +102,8 @@ class ShardSet:
         return self.names[self._locate(sample)[0]]
 
     def key(self, sample: int) -> str:
-        """Key of a sample; for a row that a damaged or absent shard has lost, its number."""
-        shard, row = self._locate(sample)
-        try:
-            index = self._index(shard)
-        except OSError:
-            return f"#{row}"
-        return index.keys.item(row).decode("utf-8", "surrogateescape") if row < len(index.keys) else f"#{row}"
+        """Key of a sample; where a shard has lost it and nothing tells it any more, "#" and the row."""
+        return self._key(*self._locate(sample))
 
     def keys(self, shard: int) -> "np.ndarray[tuple[int], np.dtype[np.bytes_]]":
         """Keys of all samples of a shard that can be read, bytes (n,).
@@ -264,7 +264,9 @@ class ShardSet:
         rows = samples - self.starts[shards]
 
         try:
-            columns = {shard: self._column(shard, rows, shards) for shard in np.flatnonzero(np.bincount(shards)).tolist()}
+            columns = {
+                shard: self._column(shard, rows, shards) for shard in np.flatnonzero(np.bincount(shards)).tolist()
+            }
             table = self._held(extension)(samples, shards)
             failed = spans.copy(columns, shards, table, begins, lengths, out.reshape(-1), at)
         except OSError as error:
@@ -287,7 +289,7 @@ class ShardSet:
         except OSError as error:
             asked = int((shards == shard).argmax())
             self._forget(shard)
-            raise self._unreadable(shard, f"#{rows[asked]}", error, asked) from error
+            raise self._unreadable(shard, self._key(shard, int(rows[asked])), error, asked) from error
 
     def _held(self, extension: str) -> Held:
         """Places and sizes of a member of all samples of the shards in use."""
@@ -321,14 +323,14 @@ class ShardSet:
         return self._misplaced(shard, row, member - BLOCK, asked)
 
     def _check_row(self, shard: int, row: int, index: TarIndex, asked: int = -1) -> None:
-        if index.problem and (self.strict or row >= len(index)):
-            raise BadSample(damage(self.names[shard], index), row=asked)
+        name = self.names[shard]
+        if index.problem and self.strict:
+            raise BadSample(damage(name, index), row=asked)
         if row >= len(index):
-            raise BadSample(
-                f"{self.names[shard]}, sample #{row}: the shard holds {len(index)} samples, "
-                f"{catalogue.FILE_NAME} says {self.counts[shard]}",
-                row=asked,
-            )
+            told = f"the shard holds {len(index)} samples, {catalogue.FILE_NAME} says {self.counts[shard]}"
+            raise BadSample(f"{name}, sample {self._key(shard, row)}: is lost; {index.problem or told}", row=asked)
+        if row in self._repeats.get(shard, ()):
+            raise BadSample(f"{name}, {self._repeats[shard][row]}", row=asked)
 
     def _unreadable(self, shard: int, key: str, error: OSError, asked: int = -1) -> BadSample:
         return BadSample(f"{self.names[shard]}, sample {key}: {error.strerror or error}", row=asked)
@@ -344,10 +346,23 @@ class ShardSet:
         where = f"{name}, sample {self._index(shard).key(row)}"
         return BadSample(f"{where}: the header at byte {header} is not the one in the index of the shard", row=asked)
 
+    def _key(self, shard: int, row: int) -> str:
+        """Key of a row, as the index tells it, or what was known of the shard before."""
+        try:
+            keys = self._index(shard).keys
+        except OSError:
+            keys = _NOTHING
+        if row >= len(keys):
+            if shard not in self._before and isinstance(self.files, LocalFiles):
+                self._before[shard] = self.files.keys_before(shard)
+            keys = self._before.get(shard, _NOTHING)
+        return keys.item(row).decode("utf-8", "surrogateescape") if row < len(keys) else f"#{row}"
+
     def _listed(self, shard: int) -> "np.ndarray[tuple[int], np.dtype[np.bytes_]]":
-        """Keys of all rows of a shard; for one that it has lost, its number."""
+        """Keys of all rows of a shard, as ``key`` gives them."""
         keys = self._index(shard).keys[: int(self.counts[shard])]
-        lost = [b"#%d" % row for row in range(len(keys), int(self.counts[shard]))]
+        gone = (self._key(shard, row) for row in range(len(keys), int(self.counts[shard])))
+        lost = [key.encode("utf-8", "surrogateescape") for key in gone]
         return np.concatenate([keys, np.array(lost, dtype=np.bytes_)]) if lost else keys
 
     def _locate(self, sample: int) -> tuple[int, int]:
@@ -358,7 +373,7 @@ class ShardSet:
         try:
             return self._index(shard), self._handle(shard)
         except OSError as error:
-            raise self._unreadable(shard, f"#{row}", error, asked) from error
+            raise self._unreadable(shard, self._key(shard, row), error, asked) from error
 
     def _index(self, shard: int) -> TarIndex:
         index = self._indices.get(shard)  # in one step under the interpreter lock, as is every change of it
@@ -375,8 +390,12 @@ class ShardSet:
         return index
 
     def _checked_index(self, shard: int) -> TarIndex:
-        """The index, with a problem where the file has not the size that index.json states."""
+        """The index, with a problem where keys are repeated, or the file has not the size that index.json states."""
         index, entry = self.files.index(shard), self.files.entries[shard]
+        if rows := self._repeats.get(shard):
+            offsets = index.offsets.copy()
+            offsets[[row for row in rows if row < len(index)]] = -1  # so that nobody copies them unasked
+            index = dataclasses.replace(index, offsets=offsets, problem=index.problem or "it repeats keys")
         if entry is None or index.problem or index.size == entry.bytes:
             return index
         told = f"the file has {index.size} bytes, {catalogue.FILE_NAME} says {entry.bytes}"
@@ -398,24 +417,6 @@ class ShardSet:
         """Let the next read open the file again: it may be there again by then."""
         with self._lock:
             self._handles.pop(shard, None)
-
-    def _count_classes(self) -> list[Counter[int]] | None:
-        """Samples per class of each shard, from index.json; a small set without one is read through."""
-        if all(entry is not None for entry in self.files.entries):
-            listed = [entry.histogram() for entry in self.files.entries if entry is not None]
-            return listed if all(listed) else None
-        if self.files.verified or self.bytes > _CHECKED_BYTES:
-            return None
-        found = [Counter[int]() for _ in self.names]
-        for shard, counter in enumerate(found):
-            for row in range(int(self.counts[shard])):
-                try:
-                    text = self.read(int(self.starts[shard]) + row).get("cls", b"").strip()
-                except BadSample:
-                    continue
-                if text.lstrip(b"-").isdigit():  # anything else is reported with its key when it is used
-                    counter[int(text)] += 1
-        return found if any(found) else None
 
 
 def _cut(name: str, key: str, at: int, end: int) -> str:

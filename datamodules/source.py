@@ -42,6 +42,7 @@ class Source(Protocol):
         starts: number of the first sample of each shard, and the total behind them; int64 (len(names) + 1,).
         classes: per shard, samples per stored class; None if that is not known beforehand.
         fingerprint: hash over names, counts and sizes; changes when the set changes.
+        lost: samples that damage took before the start, so that they are not among the counts.
     """
 
     names: list[str]
@@ -49,6 +50,7 @@ class Source(Protocol):
     starts: Ints
     classes: list[Counter[int]] | None
     fingerprint: str
+    lost: int
 
     def extensions(self) -> tuple[str, ...]:
         """Member names of the first shard's samples."""
@@ -146,6 +148,22 @@ def measure_rows(read: Callable[[int], Members], count: int, measure: Measure, w
         except ValueError:  # reported with shard and key when the sample is used
             table[row] = 0
     return table
+
+
+def first_dots(extensions: Sequence[str], wanted: Sequence[str]) -> str:
+    """A hint for whoever misses members that are there, but behind a dot in the key; else nothing.
+
+    Args:
+        extensions: members that samples have.
+        wanted: those that are missed.
+    """
+    found = next((name for name in extensions if name.rpartition(".")[2] in wanted), None)
+    if found is None:
+        return ""
+    return (
+        f" A key ends at the first dot of the name, so KEY.{found} is the member .{found} of the sample KEY, and names "
+        "with more dots fall together to one sample: write the shards again without dots in the keys."
+    )
 
 
 def place(source: Source, sample: int) -> str:

@@ -15,6 +15,7 @@ from webdataset.shardlists import expand_urls
 
 from datamodules import catalogue, tarindex
 from datamodules.catalogue import Catalogue, ShardEntry
+from datamodules.patterns import split_of
 from datamodules.tarindex import TarIndex
 from datamodules.transforms import IMAGE_EXTENSIONS
 from datamodules.writer import image_shape

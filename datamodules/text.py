@@ -13,7 +13,7 @@ from datamodules.members import keys_of
 from datamodules.mixture import shares_of
 from datamodules.order import Ints, Meaning, Order
 from datamodules.packing import MODES, MixedRows, Pieces, RowLookup, Rows
-from datamodules.source import Source
+from datamodules.source import Source, first_dots
 from datamodules.textrows import Lengths, ShuffledRows, TextRows
 from datamodules.tokenizers import TEXT_MEMBERS, Tokenizer
 from datamodules.tokenreader import Documents, RawText, RowLayout, StoredTokens, TokenReader
@@ -236,6 +236,7 @@ class Text(ShardData):
                 raise ValueError(
                     f"{setting}: the samples of {source.names[0]} have {listed}, but no .{member}. "
                     + (f"Set {advice}." if near or member == "cls" else f"Set {setting} to shards of text.")
+                    + first_dots(members, [member])
                 )
         _ = self.layout  # refuse what the tokenizer cannot do before anything is read
         if self.member == TOKENS:

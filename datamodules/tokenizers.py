@@ -274,12 +274,15 @@ class Pretrained:
 
     Args:
         folder: holds tokenizer.json, or the vocabulary files of an older format.
+        read_marks: take "</s>" in a text, or whatever marks are written like, for the mark itself. Otherwise it is
+            plain text, so that no document can end itself.
     """
 
     one_per_byte = False
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, read_marks: bool = False) -> None:
         self.folder = Path(folder).expanduser()
+        self.read_marks = read_marks
 
     @property
     def size(self) -> int:
@@ -303,9 +306,9 @@ class Pretrained:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the vocabulary files' content and of the marks."""
+        """Hash of the vocabulary files' content, of the marks, and of whether texts may hold them."""
         contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in self._files()]
-        return _hash("pretrained", *contents, self.eos, self.bos, self.pad)
+        return _hash("pretrained", *contents, self.eos, self.bos, self.pad, self.read_marks)
 
     def encode(self, text: str) -> Tokens:
         """Tokens of a text without any marks, uint32 (n,)."""
@@ -313,13 +316,28 @@ class Pretrained:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokens of several texts; the interpreter lock is free meanwhile."""
+        found = self._numbers(list(texts))
+        if not self.read_marks:
+            for place, tokens in enumerate(found):
+                if np.isin(tokens, self._marks).any():  # some vocabularies hold "</s>" as if it were a word
+                    found[place] = self._without_marks(texts[place])
+        return found
+
+    def _numbers(self, texts: list[str]) -> list[Tokens]:
         backend = getattr(self._loaded, "backend_tokenizer", None)
         if backend is None:  # written in Python
-            found = [self._loaded(text, add_special_tokens=False)["input_ids"] for text in texts]
+            options = {"add_special_tokens": False, "split_special_tokens": not self.read_marks}
+            found = [self._loaded(text, **options)["input_ids"] for text in texts]
         else:
-            encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-            found = [encoding.ids for encoding in encodings]
+            found = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         return [np.array(numbers, dtype=np.uint32) for numbers in found]
+
+    def _without_marks(self, text: str) -> Tokens:
+        """Tokens of a text whose written marks are taken apart; a mark that comes about even so is left out."""
+        names = sorted(filter(None, self._loaded.convert_ids_to_tokens(self._marks.tolist())), key=len, reverse=True)
+        apart = re.sub("|".join(map(re.escape, names)), lambda mark: f"{mark[0][:1]}\0{mark[0][1:]}", text)
+        tokens = np.concatenate(self._numbers(apart.split("\0") if "\0" not in text else [text]))
+        return tokens[~np.isin(tokens, self._marks)]
 
     def decode(self, tokens: Any) -> str:
         """Text of tokens, marks left out.
@@ -331,8 +349,8 @@ class Pretrained:
         return str(self._loaded.decode(numbers, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def __getstate__(self) -> dict[str, Any]:
-        """The folder alone: copies load it again."""
-        return {"folder": self.folder}
+        """The settings alone: copies load the folder again."""
+        return {"folder": self.folder, "read_marks": self.read_marks}
 
     def _mark(self, *names: str) -> int | None:
         found = (getattr(self._loaded, f"{name}_token_id", None) for name in names)
@@ -366,7 +384,14 @@ class Pretrained:
         if backend is not None:  # rows are cut elsewhere
             backend.no_truncation()
             backend.no_padding()
+            backend.encode_special_tokens = not self.read_marks
         return loaded
+
+    @cached_property
+    def _marks(self) -> NDArray[np.int64]:
+        """Numbers of all marks but the one for what is unknown."""
+        unknown = getattr(self._loaded, "unk_token_id", None)
+        return np.array([mark for mark in self._loaded.all_special_ids if mark != unknown], dtype=np.int64)
 
     def _absent(self) -> str:
         wanted = ", or ".join(" with ".join(group) for group in _FILES)

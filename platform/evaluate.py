@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from platform import config as configs
 
 FOLDER = "evaluated"
+METRICS_OF = ("fid", "likelihood", "quality")  # callbacks that measure, by their names in the configuration
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,7 +50,7 @@ def measure(module: Any, cfg: DictConfig, settings: dict[str, Any], n: int | Non
 
     Args:
         module: the room with the weights to measure active.
-        cfg: its configuration; ``callbacks.fid`` and ``callbacks.likelihood`` say what is measured.
+        cfg: its configuration; ``callbacks.fid``, ``likelihood`` and ``quality`` say what is measured.
         settings: keywords of the room's ``sample``.
         n: samples for distances, or None for the configured number.
         file: rows are added to it, one JSON object per line.
@@ -64,7 +65,7 @@ def measure(module: Any, cfg: DictConfig, settings: dict[str, Any], n: int | Non
 
     plan = OmegaConf.to_container(cfg.callbacks, resolve=True)
     assert isinstance(plan, dict)
-    chosen: list[Any] = [dict(plan[name]) for name in ("fid", "likelihood") if plan.get(name)]
+    chosen: list[Any] = [dict(plan[name]) for name in METRICS_OF if plan.get(name)]
     for entry in chosen:
         if "settings" in entry:
             entry |= {"settings": settings, "weights": [module.active_weights]} | ({"n": n} if n else {})

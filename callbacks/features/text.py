@@ -1,6 +1,7 @@
 """Numbers about generated text that need no model: entropy, diversity, weights of perplexity, pass@k."""
 
 import ast
+import unicodedata
 from collections.abc import Sequence
 
 import torch
@@ -104,4 +105,19 @@ def parses(source: str) -> bool:
     try:
         return bool(ast.parse(source).body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+
+
+def repeats(text: str) -> bool:
+    """Whether the second half of a text repeats the first."""
+    half, odd = divmod(len(text), 2)
+    return not odd and text[:half] == text[half:]
+
+
+def names_a_character(text: str) -> bool:
+    """Whether a text is the name of a character, alone or in a list of names, one per line."""
+    lines = text.split("\n")
+    try:
+        return all(unicodedata.lookup(line) for line in lines if line) and any(lines)
+    except KeyError:
         return False

@@ -44,3 +44,12 @@ def test_parses():
     assert not text.parses("x = = 1")
     assert not text.parses("# only a comment")
     assert not text.parses("\0")
+
+
+def test_rules():
+    assert text.repeats("abab")
+    assert not text.repeats("abba")
+    assert not text.repeats("aba")
+    assert text.names_a_character("LATIN SMALL LETTER A\nDIGIT ONE")
+    assert not text.names_a_character("LATIN SMALL LETTER AA B")
+    assert not text.names_a_character("")

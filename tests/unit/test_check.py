@@ -13,6 +13,7 @@ from PIL import Image
 from datamodules import catalogue, contact, indexing, survey, tarindex
 from datamodules.check import Report, check
 from datamodules.pack import Recipe, pack
+from datamodules.patterns import split_of
 from datamodules.writer import DatasetWriter
 from tests.tars import add, picture, png, sample, write_set, write_tar
 

@@ -98,6 +98,35 @@ def test_captions_are_drawn_per_sample_and_epoch(root: Path) -> None:
     assert texts == [f"original {i}" for i in range(10)]
 
 
+def test_captions_are_drawn_among_those_a_sample_has(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shares = {"txt": 0.5, "recap.txt": 0.3, "json:alt": 0.2}
+    whole = batches(image_text(root, captions=shares), 100)
+    lacking = {1: ["txt"], 2: ["json"], 3: ["txt", "recap.txt"], 4: ["txt", "recap.txt", "json"]}
+    for shard in range(4):
+        content = {f"{i:05d}": members(i) for i in range(10 * shard, 10 * shard + 10)}
+        for key, held in content.items():
+            for name in lacking.get(int(key) % 10, ()):
+                del held[name]
+        write_tar(root / f"train-{shard:06d}.tar", content)
+    found = batches(image_text(root, captions=shares, max_bad_fraction=0.1), 100)
+    drawn: dict[int, Counter[str]] = {}
+    for before, after in zip(whole, found, strict=True):
+        for row, key in enumerate(after["key"]):
+            drawn.setdefault(int(key) % 10, Counter())[after["text"][row].rsplit(" ", 1)[0]] += 1
+            if int(key) % 10 not in lacking and before["key"][row] == key:
+                assert before["text"][row] == after["text"][row]
+    assert drawn[1].keys() == {"re-written", "alternative"}
+    assert abs(drawn[1]["re-written"] / drawn[1].total() - 0.6) < 0.2  # about 80 draws, standard deviation 0.055
+    assert drawn[2].keys() == {"original", "re-written"}
+    assert drawn[3].keys() == {"alternative"}
+    assert 4 not in drawn
+    assert caplog.text.count("skipped: ") == 4
+    (root / "val-000000.tar").write_bytes((root / "train-000000.tar").read_bytes())
+    held = image_text(root, captions=shares, max_bad_fraction=0.1).val_dataloader()
+    texts = {key: text for batch in held for key, text in zip(batch["key"], batch["text"], strict=True)}
+    assert [texts[f"0000{i}"].split(" ")[0] for i in (0, 1, 3)] == ["original", "re-written", "alternative"]
+
+
 def test_tokens_features_and_latents(root: Path) -> None:
     settings = {"image": False, "tokenizer": Bytes(), "length": 12, "feature_width": WIDTH, "feature_length": 4}
     data = image_text(root, features="emb.t5", latents="lat", latent_shape=LATENT, caption_suffix="!", **settings)

@@ -175,10 +175,10 @@ def test_shard_that_goes_away_while_reading(tmp_path: Path) -> None:
     shards = ShardSet(paths, "data.train")
     paths[1].unlink()
     shards.close()
-    with pytest.raises(BadSample, match=r"train-000001.tar, sample #1: No such file"):
+    with pytest.raises(BadSample, match=r"train-000001.tar, sample train00004: No such file"):
         shards.read(4)
-    assert shards.key(4) == "#1"
-    with pytest.raises(BadSample, match=r"train-000001.tar, sample #1: No such file") as caught:
+    assert shards.key(4) == "train00004"
+    with pytest.raises(BadSample, match=r"train-000001.tar, sample train00004: No such file") as caught:
         shards.gather(np.array([0, 4]), "cls", np.zeros((2, 1), dtype=np.uint8))
     assert caught.value.row == 1
     paths[0].write_bytes(paths[0].read_bytes()[:2000])
@@ -197,6 +197,45 @@ def test_accepted_damage_loses_only_what_is_damaged(tmp_path: Path, caplog: pyte
     assert shards.counts.tolist() == [4, 2]
     assert shards.read(5) == sample(5, 5)
     assert "train-000001.tar, sample train00006: truncated at byte 5000" in caplog.text
+
+
+def test_lost_samples_are_named_by_the_index_beside_the_shard(tmp_path: Path) -> None:
+    paths = find("*.tar", write_set(tmp_path / "set", [4, 4]), "data.train")
+    describe(paths[0].parent)
+    for path in paths:
+        tarindex.write_sidecar(path, tarindex.scan(path))
+    paths[1].write_bytes(paths[1].read_bytes()[:5000])
+    shards = ShardSet(paths, "data.train", max_bad_fraction=0.5)
+    assert (shards.lost, shards.counts.tolist()) == (0, [4, 4])  # they keep their numbers
+    for row in (6, 7):
+        with pytest.raises(BadSample, match=rf"train-000001.tar, sample train0000{row}: is lost; truncated at byte"):
+            shards.read(row)
+        assert shards.key(row) == f"train0000{row}"
+    (tmp_path / "set" / "index.json").unlink()
+    assert (again := ShardSet(paths, "data.train", max_bad_fraction=0.5)).counts.tolist() == [4, 2]
+    assert again.lost == 2
+
+
+def test_a_key_in_two_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / f"train-{number}.tar" for number in range(2)]
+    write_tar(paths[0], {"a": {"cls": b"0"}, "b": {"cls": b"1"}})
+    write_tar(paths[1], {"b": {"cls": b"2"}, "c": {"cls": b"3"}})
+    told = r"train-1.tar, sample b: train-0.tar has a sample of the same key"
+    with pytest.raises(ValueError, match=rf"data\.train: {told}\..*max_bad_fraction=0\.3\."):
+        ShardSet(paths, "data.train")
+    shards = ShardSet(paths, "data.train", max_bad_fraction=0.3)
+    assert "train-1.tar, sample b: train-0.tar" in caplog.text
+    with pytest.raises(BadSample, match=told):
+        shards.read(2)
+    out = np.zeros((4, 1), dtype=np.uint8)
+    with pytest.raises(BadSample, match=told) as caught:
+        shards.gather(np.array([1, 3, 2, 0]), "cls", out)
+    assert caught.value.row == 2
+    assert [shards.read(number)["cls"] for number in (1, 3)] == [b"1", b"3"]
+    write_tar(tmp_path / "val-0.tar", {"a": {"cls": b"0"}})  # another split may count from the start again
+    assert ShardSet([paths[0], tmp_path / "val-0.tar"], "data.train").counts.tolist() == [2, 1]
+    monkeypatch.setattr("datamodules.shards._CHECKED_BYTES", 0)
+    assert ShardSet(paths, "data.train").counts.tolist() == [2, 2]  # too much to compare
 
 
 def test_names_and_patterns(tmp_path: Path) -> None:
@@ -378,8 +417,8 @@ def test_positions_do_not_depend_on_damage(tmp_path: Path, monkeypatch: pytest.M
     assert damaged.counts.tolist() == sound.counts.tolist()
     assert damaged.fingerprint == sound.fingerprint
     assert damaged.read(5) == sample(5, 5)
-    with pytest.raises(BadSample, match=r"train-000001.tar, sample train00006: truncated at byte 5000"):
-        damaged.read(7)
+    with pytest.raises(BadSample, match=r"train-000001.tar, sample #3: is lost; truncated at byte 5000"):
+        damaged.read(7)  # nothing tells its key
     monkeypatch.setattr(files, "_COMPARED_SHARDS", 0)
     monkeypatch.setattr("datamodules.shards._CHECKED_BYTES", 0)
     late = open_source("*.tar", folder, "data.train")  # too many shards to look at each

@@ -1,5 +1,6 @@
 """Tokenizers: what goes in comes out, marks have numbers of their own, and nothing wrong passes in silence."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,31 @@ def test_pretrained(tmp_path: Path) -> None:
     other = Pretrained(trained(tmp_path / "b", cls_token="<c>", sep_token="<s>"))
     assert (other.bos, other.eos) == (0, 1)
     assert other.fingerprint != tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces", "words"])
+def test_a_text_cannot_write_marks(tmp_path: Path, kind: str) -> None:
+    """Not even where the vocabulary holds the mark as if it were a word."""
+    folder = tmp_path / kind
+    if kind == "bytes":
+        trained(folder, eos_token="<e>", pad_token="<p>")
+    else:
+        words = ["<e>", "<u>", *"<e>abc "]
+        pieces = models.Unigram([(word, -float(rank)) for rank, word in enumerate(dict.fromkeys(words))], unk_id=1)
+        backend = Backend(pieces if kind == "pieces" else models.WordLevel({w: i for i, w in enumerate(words)}, "<u>"))
+        if kind == "words":
+            backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>", unk_token="<u>").save_pretrained(folder)
+    text = "a <e> b"
+    safe, open_ = Pretrained(folder), Pretrained(folder, read_marks=True)
+    assert safe.eos == open_.eos == 0
+    assert 0 not in safe.encode(text)
+    assert 0 in open_.encode(text)
+    if kind != "words":
+        assert safe.decode(safe.encode(text)).replace(" ", "") == "a<e>b"
+    np.testing.assert_array_equal(safe.encode("a b c"), open_.encode("a b c"))
+    assert safe.fingerprint != open_.fingerprint
+    assert 0 in pickle.loads(pickle.dumps(open_)).encode(text)
 
 
 def test_pretrained_from_nowhere(tmp_path: Path) -> None:
