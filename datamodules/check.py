@@ -254,18 +254,20 @@ class _ShardCheck:
 
 
 def _dotted(extensions: Sequence[str]) -> str:
-    """What is wrong if several members differ in a leading number only: their keys had dots."""
-    kinds: dict[str, list[str]] = {}
+    """What is wrong if the keys had dots, so that several samples fell together to one, or nothing finds a member."""
+    if not extensions or not all("." in name for name in extensions):
+        return ""
+    told = "a key ends at the first dot of the name. Write the shard again without dots in the keys"
+    numbered: dict[str, list[str]] = {}
     for name in extensions:
-        number, dot, kind = name.partition(".")
-        if dot and number.isdigit():
-            kinds.setdefault(kind, []).append(name)
-    for kind, names in kinds.items():
-        if len(names) > 1 or kind in IMAGE_EXTENSIONS:
-            more = f", .{names[1]}" if len(names) > 1 else ""
-            told = f"its samples have members .{names[0]}{more}: a key ends at the first dot of the name"
-            return f"{told}. Write it again without dots in the keys"
-    return ""
+        number, _, kind = name.partition(".")
+        if number.isdigit():
+            numbered.setdefault(kind, []).append(name)
+    for names in numbered.values():
+        if len(names) > 1:
+            return f"its members .{names[0]} and .{names[1]} differ in a number only: {told}"
+    unused = [name for name in extensions if name.rpartition(".")[2] in (*IMAGE_EXTENSIONS, "cls")]
+    return f"no data module looks for its member .{unused[0]}: {told}" if unused else ""
 
 
 def fault(extension: str, data: bytes, card: Any = None) -> str:

@@ -225,9 +225,7 @@ class _Joined:
         end = begin + self._width
         parts = []
         with self._lock:
-            for epoch in range(
-                int(begin.min(initial=0)) // self.tokens, (int(end.max(initial=0)) - 1) // self.tokens + 1
-            ):
+            for epoch in np.unique(_expand(begin // self.tokens, (end - 1) // self.tokens)[1]).tolist():
                 ends = self._ends(epoch)
                 offset = epoch * self.tokens
                 low, high = (np.clip(edge - offset, 0, self.tokens) for edge in (begin, end))

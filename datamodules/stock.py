@@ -48,8 +48,8 @@ def take_stock(files: Files, setting: str, max_bad_fraction: float, checked_byte
         files: the shards.
         setting: name of the setting that chose them, for messages, e.g. "data.train".
         max_bad_fraction: accepted share of lost samples.
-        checked_bytes: sets up to this size are compared with their sha256, or, where that is not possible, the keys
-            of their shards with one another.
+        checked_bytes: sets up to this size are compared with their sha256, and the keys of their shards with one
+            another.
 
     Returns:
         What there is.
@@ -63,7 +63,7 @@ def take_stock(files: Files, setting: str, max_bad_fraction: float, checked_byte
     found: list[str] = []
     named: list[str] = []
     lost = total = 0
-    sound = True
+    sound: set[int] = set()
     if every > _ANNOUNCED_BYTES and None in files.entries:
         log.info("%s: indexing %s of shards once, for %s", setting, mebibytes(every), cache_folder())
     for shard, (entry, size) in enumerate(zip(files.entries, files.sizes, strict=True)):
@@ -71,8 +71,8 @@ def take_stock(files: Files, setting: str, max_bad_fraction: float, checked_byte
             counts[shard] = entry.samples
             if files.verified or _passes(files, shard, entry, every <= checked_bytes):
                 total += entry.samples
+                sound.add(shard)
                 continue
-        sound = False
         problem, kept, missing = _examine(files, shard, entry, size)
         if entry is None:
             counts[shard] = kept
@@ -84,7 +84,7 @@ def take_stock(files: Files, setting: str, max_bad_fraction: float, checked_byte
             found.append(problem)
             lost += missing
         total += entry.samples if entry else kept + missing
-    repeated = [] if sound or every > checked_bytes else _compare_keys(files, stock)
+    repeated = _compare_keys(files, stock, sound) if every <= checked_bytes else []
     total = max(total, lost)
     if lost + len(repeated) > max_bad_fraction * total:
         more = f" ({len(found)} of {len(counts)} shards are damaged.)" if len(found) > 1 else ""
@@ -98,8 +98,13 @@ def take_stock(files: Files, setting: str, max_bad_fraction: float, checked_byte
     return stock
 
 
-def _compare_keys(files: Files, stock: Stock) -> list[str]:
+def _compare_keys(files: Files, stock: Stock, sound: set[int]) -> list[str]:
     """Note the keys of all shards, and those that stand in an earlier shard of the same folder and split.
+
+    Args:
+        files: the shards.
+        stock: where to note it.
+        sound: shards that are not read for this, if no index file tells their keys.
 
     Returns:
         One line per sample whose key does.
@@ -110,9 +115,10 @@ def _compare_keys(files: Files, stock: Stock) -> list[str]:
     for shard, path in enumerate(files.paths):
         split = f"{path.parent}/{split_of(path.name)}"
         try:
-            keys = files.index(shard).keys[: int(stock.counts[shard])]
+            keys = files.keys_before(shard) if shard in sound else files.index(shard).keys
         except OSError:
             continue
+        keys = keys[: int(stock.counts[shard])]
         if len(keys) == stock.counts[shard]:
             stock.keys[shard] = keys
         for row, key in enumerate(keys.tolist()):

@@ -169,7 +169,7 @@ class TokenReader:
             valid.fill(True)
         else:
             _spread(starts, pieces.length, np.ones(len(starts), dtype=np.bool_), False, valid)
-            tokens[~valid] = layout.filler
+            tokens.reshape(-1)[_gaps(starts, pieces.length, tokens.size)] = layout.filler
         if layout.edges:
             ends = np.ones(len(tokens), dtype=np.int64)
             ends[pieces.row] = starts - pieces.row * layout.length + pieces.length  # the last piece of a row stays
@@ -186,7 +186,8 @@ class TokenReader:
         _spread(starts, pieces.length, (np.arange(len(first)) - first).astype(np.int32), np.int32(-1), document)
         _spread(starts, pieces.length, pieces.begin - starts, np.int64(0), position)
         flat = position.reshape(-1)
-        np.add(flat, np.arange(flat.size), out=flat, where=document.reshape(-1) >= 0)
+        flat += np.arange(flat.size)
+        flat[_gaps(starts, pieces.length, flat.size)] = 0
         return {"document": torch.from_numpy(document), "position": torch.from_numpy(position)}
 
 
@@ -377,6 +378,13 @@ class RawText:
 
 def _unplanned(sample: int) -> int:
     raise AssertionError(f"nobody planned places for document {sample}")
+
+
+def _gaps(starts: Ints, lengths: Ints, size: int) -> Ints:
+    """Places 0..size-1 that no span covers, ascending; the spans are in ascending order and do not overlap."""
+    begins = np.concatenate([[0], starts + lengths])
+    sizes = np.append(starts, size) - begins
+    return np.repeat(begins - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
 
 
 def _spread(starts: Ints, lengths: Ints, values: NDArray[Any], other: Any, out: NDArray[Any]) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from datamodules import catalogue, contact, indexing, survey, tarindex
 from datamodules.check import Report, check
+from datamodules.images import Images
 from datamodules.pack import Recipe, pack
 from datamodules.patterns import split_of
 from datamodules.writer import DatasetWriter
@@ -206,6 +207,18 @@ def test_captions_and_manifest(tmp_path: Path) -> None:
     assert any(text.startswith("manifest.jsonl: line 3 cannot be read") for text in told(check(tmp_path / "out")))
     (tmp_path / "out" / "manifest.jsonl").unlink()
     assert told(check(tmp_path / "out")) == ["manifest.jsonl: missing"]
+
+
+def test_keys_with_dots_are_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {f"a.{i}": {"png": png(picture(i)), "cls": b"1"} for i in range(3)})
+    write_tar(tmp_path / "b.tar", {"v.x": {"png": png(picture(0))}})
+    write_tar(tmp_path / "c.tar", {"c": {"png": png(picture(0)), "0.txt": b"x", "1.txt": b"y"}})
+    assert [text.partition(": a key ends")[0] for text in told(check(tmp_path)) if "first dot" in text] == [
+        "a.tar: its members .0.png and .1.png differ in a number only",
+        "b.tar: no data module looks for its member .x.png",
+    ]
+    with pytest.raises(ValueError, match=r"no image.* A key ends at the first dot of the name, so KEY\.0\.png is"):
+        Images(root=tmp_path, train="a.tar", size=8, batch_size=1).setup()
 
 
 def test_counts_of_the_index(root: Path) -> None:

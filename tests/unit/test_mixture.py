@@ -131,6 +131,7 @@ class Numbers:
         self.starts: Ints = np.concatenate([[0], np.cumsum(counts)])
         self.classes = [Counter({first: count}) for count in counts]
         self.fingerprint = f"{first}{counts}"
+        self.lost = 0
         self.card = card or {}
         self.expected: list[int] = []
 

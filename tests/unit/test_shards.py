@@ -234,6 +234,12 @@ def test_a_key_in_two_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture, m
     assert [shards.read(number)["cls"] for number in (1, 3)] == [b"1", b"3"]
     write_tar(tmp_path / "val-0.tar", {"a": {"cls": b"0"}})  # another split may count from the start again
     assert ShardSet([paths[0], tmp_path / "val-0.tar"], "data.train").counts.tolist() == [2, 1]
+    for path in paths:
+        tarindex.write_sidecar(path, tarindex.scan(path))
+    (tmp_path / "val-0.tar").unlink()
+    describe(tmp_path)
+    with pytest.raises(ValueError, match=told):  # whatever index.json says
+        ShardSet(paths, "data.train")
     monkeypatch.setattr("datamodules.shards._CHECKED_BYTES", 0)
     assert ShardSet(paths, "data.train").counts.tolist() == [2, 2]  # too much to compare
 
