@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from datamodules import catalogue, tarindex
 from datamodules.catalogue import ShardEntry
 from datamodules.order import Ints
+from datamodules.setindex import SetIndex
 from datamodules.tarindex import TarIndex
 
 _COMPARED_SHARDS = 2000  # with more shards than this, sizes are compared with index.json as the shards are opened
@@ -83,6 +84,7 @@ class LocalFiles:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
+        self._together = SetIndex(self.paths)
         self.names = [path.name for path in self.paths]
         self.place = f"folder {self.paths[0].parent}"
         listed = {folder: catalogue.read(folder) for folder in {path.parent for path in self.paths}}
@@ -100,7 +102,20 @@ class LocalFiles:
 
     def index(self, shard: int) -> TarIndex:
         """What the shard holds."""
-        return tarindex.load(self.paths[shard])
+        path = self.paths[shard]
+        if self.entries[shard] is not None:
+            return tarindex.load(path)
+        stat = path.stat()
+        index = self._together.find(shard, stat)
+        if index is None:
+            index = tarindex.load(path)
+            if tarindex.small(index):
+                self._together.add(shard, stat, index)
+        return index
+
+    def keep(self) -> None:
+        """Put what was found out about shards without index.json into the cache."""
+        self._together.keep()
 
     def scan(self, shard: int) -> TarIndex:
         """What the shard holds, from its bytes alone."""

@@ -139,8 +139,8 @@ def copy(
     stated: list[bytes] = []
     parts = zip(chosen, *places, starts.tolist(), (first + stops).tolist(), headers, strict=True)
     for column, low, high, start, end, header in parts:
-        stated.append(column.source[header : header + _DIGITS])  # type: ignore[index]  # every shard is mapped
-        target[low:high] = column.view[start:end]  # type: ignore[index]
+        stated.append(column.source[header : header + _DIGITS])
+        target[low:high] = column.view[start:end]
     return _moved(chosen, first, sizes, stated)
 
 

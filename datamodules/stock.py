@@ -85,6 +85,8 @@ def take_stock(files: Files, setting: str, max_bad_fraction: float, checked_byte
             lost += missing
         total += entry.samples if entry else kept + missing
     repeated = _compare_keys(files, stock, sound) if every <= checked_bytes else []
+    if isinstance(files, LocalFiles):
+        files.keep()
     total = max(total, lost)
     if lost + len(repeated) > max_bad_fraction * total:
         more = f" ({len(found)} of {len(counts)} shards are damaged.)" if len(found) > 1 else ""

@@ -27,7 +27,7 @@ _ZERO = bytes(BLOCK)
 _REGULAR = b"0\0" + b"7"
 _WITHOUT_DATA = b"123456"  # links, devices, folders, fifos: a header and nothing behind it
 _NOT_SAMPLES = re.compile(r"__[^/]*__($|/)")  # names webdataset keeps for itself
-_CACHED_FROM = 1000  # samples; a smaller shard is scanned about as fast as its cache file is opened
+_CACHED_FROM = 1000  # samples; smaller shards are cached together, see setindex.py
 _FORMAT = 2
 _MEASURED = "measured/"
 _SUMS = "crc32"
@@ -156,9 +156,14 @@ def load_open(file: int, known_as: str, beside: Path) -> TarIndex:
     index = read(cached, size)
     if index is None:
         index = scan_open(file)
-        if len(index) >= _CACHED_FROM:
+        if not small(index):
             keep(cached, index)
     return index
+
+
+def small(index: TarIndex) -> bool:
+    """Whether a shard is too small for a cache file of its own."""
+    return len(index) < _CACHED_FROM
 
 
 def identity(path: Path, stat: os.stat_result | None = None) -> str:
@@ -202,6 +207,11 @@ def read_measured(file: Path, size: int, name: str, shape: tuple[int, int]) -> N
 def keep(file: Path, index: TarIndex) -> None:
     """Put the index of a shard into a cache file, if the disk allows."""
     _keep(file, _arrays(index))
+
+
+def keep_arrays(file: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Put arrays into a cache file, if the disk allows."""
+    _keep(file, arrays)
 
 
 def keep_file(file: Path, content: bytes) -> None:

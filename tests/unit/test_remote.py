@@ -147,7 +147,7 @@ def test_truncated_downloads_are_refused(server: Server, folder: Path, tmp_path:
     assert source.read(30) == sample(30, 0)
     assert server.requests["train-000001.tar"] == 2
     for _ in range(2):
-        with pytest.raises(BadSample, match=r"train-000002.tar, sample #\d+: the download has 20000 bytes, index.json"):
+        with pytest.raises(BadSample, match=r"train-000002.tar, sample 00060: the download has 20000 bytes, index"):
             source.read(60)
     assert server.requests["train-000002.tar"] == remote._ATTEMPTS  # the second time it is not asked for again
     assert copies(tmp_path) == ["train-000001.tar"]
@@ -165,7 +165,7 @@ def test_changed_content_is_refused(server: Server, folder: Path) -> None:
     raw[600] ^= 1
     (folder / "train-000000.tar").write_bytes(raw)
     source = opened(server.url)
-    with pytest.raises(BadSample, match=r"train-000000.tar, sample #3: the download has another sha256"):
+    with pytest.raises(BadSample, match=r"train-000000.tar, sample 00003: the download has another sha256"):
         source.read(3)
     source.close()
 
