@@ -109,7 +109,7 @@ class LocalFiles:
         index = self._together.find(shard, stat)
         if index is None:
             index = tarindex.load(path)
-            if tarindex.small(index):
+            if len(index) < tarindex.CACHED_FROM:
                 self._together.add(shard, stat, index)
         return index
 

@@ -28,6 +28,7 @@ class SetIndex:
         self._count = len(paths)
         self._file = tarindex.cache_file("\0".join(str(path.absolute()) for path in paths), "all")
         self._known: dict[int, tuple[Stamp, TarIndex]] | None = None
+        self._held: int | None = None  # samples noted, also those that found no room
         self._changed = False
 
     def find(self, shard: int, stat: os.stat_result) -> TarIndex | None:
@@ -39,13 +40,18 @@ class SetIndex:
 
     def add(self, shard: int, stat: os.stat_result, index: TarIndex) -> None:
         """Note the index of a shard that ``find`` did not know."""
-        if self._known is not None and index.size == stat.st_size:
+        if self._known is None or index.size != stat.st_size:
+            return
+        self._known.pop(shard, None)
+        held = sum(len(known) for _, known in self._known.values()) if self._held is None else self._held
+        self._held = held + len(index)
+        if self._held <= _LARGEST:
             self._known[shard] = ((stat.st_size, stat.st_mtime_ns), index)
             self._changed = True
 
     def keep(self) -> None:
         """Write the file if there is anything new, and the disk allows."""
-        if self._changed and self._known and sum(len(index) for _, index in self._known.values()) <= _LARGEST:
+        if self._changed and self._known:
             tarindex.keep_arrays(self._file, _arrays(self._known))
         self._changed = False
 

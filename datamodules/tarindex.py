@@ -27,7 +27,7 @@ _ZERO = bytes(BLOCK)
 _REGULAR = b"0\0" + b"7"
 _WITHOUT_DATA = b"123456"  # links, devices, folders, fifos: a header and nothing behind it
 _NOT_SAMPLES = re.compile(r"__[^/]*__($|/)")  # names webdataset keeps for itself
-_CACHED_FROM = 1000  # samples; smaller shards are cached together, see setindex.py
+CACHED_FROM = 1000  # samples; smaller shards are cached together, see setindex.py
 _FORMAT = 2
 _MEASURED = "measured/"
 _SUMS = "crc32"
@@ -156,14 +156,9 @@ def load_open(file: int, known_as: str, beside: Path) -> TarIndex:
     index = read(cached, size)
     if index is None:
         index = scan_open(file)
-        if not small(index):
+        if len(index) >= CACHED_FROM:
             keep(cached, index)
     return index
-
-
-def small(index: TarIndex) -> bool:
-    """Whether a shard is too small for a cache file of its own."""
-    return len(index) < _CACHED_FROM
 
 
 def identity(path: Path, stat: os.stat_result | None = None) -> str:
@@ -206,12 +201,7 @@ def read_measured(file: Path, size: int, name: str, shape: tuple[int, int]) -> N
 
 def keep(file: Path, index: TarIndex) -> None:
     """Put the index of a shard into a cache file, if the disk allows."""
-    _keep(file, _arrays(index))
-
-
-def keep_arrays(file: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Put arrays into a cache file, if the disk allows."""
-    _keep(file, arrays)
+    keep_arrays(file, _arrays(index))
 
 
 def keep_file(file: Path, content: bytes) -> None:
@@ -228,7 +218,7 @@ def keep_file(file: Path, content: bytes) -> None:
 
 def keep_measured(file: Path, size: int, name: str, column: NDArray[np.int64]) -> None:
     """Put a measured column of a shard of ``size`` bytes into a cache file, if the disk allows."""
-    _keep(file, {"format": np.array(_FORMAT), "bytes": np.array(size), f"{_MEASURED}{name}": column})
+    keep_arrays(file, {"format": np.array(_FORMAT), "bytes": np.array(size), f"{_MEASURED}{name}": column})
 
 
 def scan(path: Path) -> TarIndex:
@@ -499,7 +489,7 @@ def _save(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         made.replace(path)
 
 
-def _keep(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+def keep_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Save into the cache, best effort: a read-only or full disk costs time, never the run."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -306,7 +306,9 @@ def test_any_split_continues_exactly(mode: Callable[[Path], Settings], workers: 
         assert state["next_key"]
         with ThreadPoolExecutor() as closing:  # each waits for its threads
             list(closing.map(lambda data: data.teardown("fit"), modules))
-    assert opened() == (files, threads)
+    left = opened()  # less than before is fine: what other tests left behind may go meanwhile
+    assert not left[0] - files
+    assert not left[1] - threads
 
 
 def test_ledger_finds_what_is_lost_or_read_differently_again(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_moving_keeps_the_fingerprint_and_adding_changes_it(tmp_path: Path) -> N
 
 def test_index_cache_follows_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLATFORM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tarindex, "_CACHED_FROM", 3)
+    monkeypatch.setattr(tarindex, "CACHED_FROM", 3)
     path = write_tar(tmp_path / "a.tar", {str(i): {"txt": b"x"} for i in range(3)})
     made = tarindex.load(path)
     with monkeypatch.context() as patch:
@@ -167,6 +167,31 @@ def test_index_cache_follows_the_file(tmp_path: Path, monkeypatch: pytest.Monkey
     for cached in (tmp_path / "cache").rglob("*.npz"):
         cached.write_bytes(b"half written")
     assert len(tarindex.load(path)) == 40
+
+
+def test_small_shards_are_cached_together_and_a_changed_one_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLATFORM_CACHE", str(tmp_path / "cache"))
+    paths = [write_tar(tmp_path / f"{k}.tar", {f"{k}{i}": {"txt": b"x"} for i in range(3)}) for k in "ab"]
+    scanned: list[Path] = []
+    load = tarindex.load
+    monkeypatch.setattr(tarindex, "load", lambda path: scanned.append(path) or load(path))
+
+    def keys() -> list[str]:
+        source = ShardSet(paths, "data.train")
+        return [source.key(sample) for sample in range(int(source.counts.sum()))]
+
+    assert keys() == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    assert scanned == paths
+    assert keys() == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    assert scanned == paths
+    write_tar(paths[1], {f"c{i}": {"txt": b"y" * 600} for i in range(2)})
+    assert keys() == ["a0", "a1", "a2", "c0", "c1"]
+    assert scanned == [*paths, paths[1]]
+    for cached in (tmp_path / "cache").rglob("*.npz"):
+        cached.write_bytes(b"half written")
+    assert keys() == ["a0", "a1", "a2", "c0", "c1"]
 
 
 def test_shard_that_goes_away_while_reading(tmp_path: Path) -> None:
