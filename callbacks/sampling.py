@@ -66,7 +66,7 @@ def prompted(module: GenerativeModule, condition: Condition | None, prompt: str,
     tokenizer = getattr(module.codec, "tokenizer", None)
     if tokenizer is None:
         raise ValueError(f"prompt {prompt!r}: this model takes no text. Leave the prompt out.")
-    tokens = torch.as_tensor(tokenizer.encode(prompt), dtype=torch.int64, device=module.device)
+    tokens = torch.tensor(tokenizer.encode(prompt).tolist(), dtype=torch.int64, device=module.device)
     return replace(condition or Condition(), prompt=tokens.expand(rows, -1))
 
 

@@ -17,20 +17,27 @@ def run(args: argparse.Namespace) -> int:
 
     Args:
         args: ``run`` (run or weights folder), ``overrides`` (``key=value`` sampling settings), ``n`` (samples for
-            distances, or None for the run's own number), ``weights``.
+            distances, or None for the run's own number), ``weights``; ``problems`` and what belongs to it, see
+            ``platform.solve``, instead of the metrics.
 
     Returns:
         0.
     """
     import json
 
+    from platform import solve
     from platform.runs import METRICS, load_module
     from platform.screens import number
 
+    if args.problems:
+        solve.check(args)
     module, cfg = load_module(args.run, args.weights or "ema")
     settings = configs.check_sampling(cfg, args.overrides)
     source = Path(args.run)
     root = source if source.is_dir() else source.parent
+    if args.problems:
+        solve.run(module, settings, args, root / FOLDER / f"step_{module.updates:09d}")
+        return 0
     file = root / FOLDER / f"step_{module.updates:09d}" / METRICS
     before = len(file.read_text().splitlines()) if file.is_file() else 0
     measure(module, cfg, settings, args.n, file)

@@ -229,6 +229,22 @@ def _evaluate(parser: Parser) -> None:
         "--n", type=at_least(2), metavar="N", help="number of samples, >= 2 (default: as the experiment's metrics say)"
     )
     _kind(parser)
+    code = parser.add_argument_group("programs, instead of the metrics")
+    code.add_argument("--problems", metavar="FILE", help="HumanEval or MBPP file to measure pass@k on (default: none)")
+    code.add_argument(
+        "--allow-execution", action="store_true", help="let what the model wrote run on this machine (default: off)"
+    )
+    code.add_argument(
+        "--answers", type=at_least(1), default=10, metavar="N", help="answers per problem, >= 1 (default: 10)"
+    )
+    code.add_argument("--k", type=_numbers, default="1", metavar="LIST", help="the k of pass@k, e.g. 1,10 (default: 1)")
+    code.add_argument(
+        "--timeout", type=at_least(1), default=5, metavar="SEC", help="seconds per program, >= 1 (default: 5)"
+    )
+
+
+def _numbers(text: str) -> list[int]:
+    return [at_least(1)(part) for part in text.split(",")]
 
 
 def _prepare(parser: Parser) -> None:

@@ -1,0 +1,56 @@
+"""``evaluate --problems``: asked for twice before anything runs, and counted right."""
+
+import argparse
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from datamodules.tokenizers import Bytes
+from platform import cli, solve
+
+
+def request(file: Path, **changes: object) -> argparse.Namespace:
+    given = {"problems": str(file), "answers": 4, "k": [1, 4], "timeout": 5, "allow_execution": True}
+    return argparse.Namespace(**{**given, **changes})
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> Path:
+    file = tmp_path / "problems.jsonl"
+    rows = [
+        {"task_id": "add", "prompt": "def add(a, b):\n", "test": "def check(f):\n    assert f(1, 2) == 3"},
+        {"task_id": "long", "prompt": "# " + "x" * 200 + "\n", "test": "def check(f):\n    pass"},
+    ]
+    file.write_text("".join(json.dumps(row | {"entry_point": "add"}) + "\n" for row in rows))
+    return file
+
+
+def writer(length: int = 100) -> SimpleNamespace:
+    """A model whose every second answer is right."""
+    bodies = ["    return a + b\n", "    return a - b\n"]
+
+    def generate(seeds: list[int], condition: object, **settings: object) -> list[str]:
+        return ["def add(a, b):\n" + bodies[seed % 2] for seed in seeds]
+
+    return SimpleNamespace(codec=SimpleNamespace(tokenizer=Bytes(), shape=(length,)), generate=generate, device="cpu")
+
+
+def test_counts(problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    solve.run(writer(), {}, request(problems), tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "2 problems, 1 of them with a prompt longer than the model reads, 4 answers each" in said
+    assert "pass@1    0.2500" in said  # half of one problem's answers, none of the other's
+    assert "pass@4    0.5000" in said
+    rows = [json.loads(line) for line in (tmp_path / "out" / solve.PROBLEMS).read_text().splitlines()]
+    assert [row["status"] for row in rows] == ["passed", "failed", "passed", "failed", "prompt too long"]
+
+
+def test_nothing_runs_unasked(problems: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "no-such-run", "--problems", str(problems)]) == 2
+    assert "add --allow-execution" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--k 9 needs as many answers"):
+        solve.check(request(problems, k=[9]))
+    with pytest.raises(ValueError, match="a model that writes text"):
+        solve.run(SimpleNamespace(codec=object()), {}, request(problems), problems.parent)
