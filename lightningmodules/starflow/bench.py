@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightningmodules.shared import flow
-from lightningmodules.shared.timing import InTurn
+from lightningmodules.shared.timing import InTurn, training_step
 from lightningmodules.starflow import process
 from lightningmodules.starflow.network import StarFlowNet
 from lightningmodules.starflow.sampler import Guidance, Windows, invert
@@ -103,8 +103,10 @@ def _measure(net: StarFlowNet, timer: InTurn, args: argparse.Namespace, tokens: 
         last, _, scales = plain.forward(image, y)
         return 0.5 * last.square().mean() + torch.stack([scale.mean() for scale in scales]).sum()
 
-    step = _step(net, our_loss, fused=True)
-    rows.append(_row("training step", timer, step, _step(net, plain_loss, fused=False) if whole else step, whole))
+    step = training_step(net, our_loss, fused=True)
+    rows.append(
+        _row("training step", timer, step, training_step(net, plain_loss, fused=False) if whole else step, whole)
+    )
     return rows
 
 
@@ -120,20 +122,6 @@ def _sampled(net: StarFlowNet, z: Tensor, y: Tensor, null: Tensor, guide: Guidan
 
 def _plainly_sampled(plain: Straightforward, z: Tensor, y: Tensor, null: Tensor, omega: float) -> Tensor:
     return plain.reverse(z, y, null, omega)[-1]
-
-
-def _step(net: StarFlowNet, loss: Callable[[], Tensor], *, fused: bool) -> Callable[[], Tensor]:
-    """Forward, backward and AdamW; the learning rate is 0 so that every step starts from the same weights."""
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.0, betas=(0.9, 0.95), fused=fused)
-
-    def step() -> Tensor:
-        value = loss()
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        return value.detach()
-
-    return step
 
 
 def _network(tokens: int, seed: int) -> StarFlowNet:

@@ -18,9 +18,6 @@ from lightningmodules.starflow.sampler import Guidance, Windows, invert
 from lightningmodules.starflow.weights import translate
 
 METHODS: tuple[str, ...] = ("starflow",)
-LOOSE = 1e-4  # samples and gradients, relative to 1 + max |reference|: rounding grows along the token recursion
-TIGHT = 1e-5  # everything else, likewise
-TRAIN = 1e-3  # losses of five optimiser steps, absolute
 LATENT_NORM = 1e-4  # weight of the latent-norm penalty in the reference training, unless the file says otherwise
 # what the authors' constructor assumes where a file is silent; ours assumes the released models instead
 THEIRS: dict[str, Any] = {
@@ -63,7 +60,7 @@ def check(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> I
             error = replay.distance(compute(), tensors[name])
         except (_Absent, RuntimeError):  # RuntimeError: a tensor of a shape that cannot be what its name says
             error = math.inf  # the others can still be compared
-        yield name, error, _tolerance(name, tensors[name])
+        yield name, error, replay.flow_tolerance(name, tensors[name])
 
 
 def arguments(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,11 +242,3 @@ class _Replay:
 
     def _json(self, key: str, default: Any = None) -> Any:
         return replay.read_json(self.metadata, key, self.path, default)
-
-
-def _tolerance(name: str, reference: Tensor) -> float:
-    if name == "out/train_losses":
-        return TRAIN
-    loose = name.startswith(("out/sample", "out/denoised", "out/grad_norms"))
-    largest = float(reference.abs().max()) if reference.numel() else 0.0
-    return (LOOSE if loose else TIGHT) * (1.0 + largest)

@@ -3,14 +3,13 @@
 import argparse
 import math
 import time
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightningmodules.shared import flow
-from lightningmodules.shared.timing import InTurn
+from lightningmodules.shared.timing import InTurn, training_step
 from lightningmodules.tarflow.network import TarFlowNet
 from lightningmodules.tarflow.sampler import Guidance, invert
 from lightningmodules.tarflow.straightforward import Straightforward
@@ -77,7 +76,9 @@ def _measure(net: TarFlowNet, bench: InTurn, args: argparse.Namespace) -> list[t
         z, _, logdet = plain.forward(image, y)
         return 0.5 * z.square().mean() - logdet.mean()
 
-    (ours, theirs), (loss, reference) = bench(_step(net, our_loss, fused=True), _step(net, plain_loss, fused=False))
+    (ours, theirs), (loss, reference) = bench(
+        training_step(net, our_loss, fused=True), training_step(net, plain_loss, fused=False)
+    )
     rows.append(("training step", ours, theirs, float((loss - reference).abs())))
     return rows
 
@@ -88,20 +89,6 @@ def _sampled(net: TarFlowNet, z: Tensor, y: Tensor, guide: Guidance) -> Tensor:
 
 def _plainly_sampled(plain: Straightforward, z: Tensor, y: Tensor, g: float) -> Tensor:
     return plain.reverse(z, y, g, annealed=True)[-1]
-
-
-def _step(net: TarFlowNet, loss: Callable[[], Tensor], *, fused: bool) -> Callable[[], Tensor]:
-    """Forward, backward and AdamW; the learning rate is 0 so that every step starts from the same weights."""
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.0, betas=(0.9, 0.95), fused=fused)
-
-    def step() -> Tensor:
-        value = loss()
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        return value.detach()
-
-    return step
 
 
 def _network(tokens: int, seed: int) -> TarFlowNet:

@@ -17,9 +17,6 @@ from lightningmodules.tarflow.weights import translate
 
 METHODS: tuple[str, ...] = ("tarflow",)
 LEVELS = 256  # pixel values of the bits-per-dimension reference
-LOOSE = 1e-4  # samples and gradients, relative to 1 + max |reference|: rounding grows along the token recursion
-TIGHT = 1e-5  # everything else, likewise
-TRAIN = 1e-3  # losses of five optimiser steps, absolute
 ARGUMENTS = (
     "in_channels",
     "img_size",
@@ -62,7 +59,7 @@ def check(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> I
             error = replay.distance(compute(), tensors[name])
         except (_Absent, RuntimeError):  # RuntimeError: a tensor of a shape that cannot be what its name says
             error = math.inf  # the others can still be compared
-        yield name, error, _tolerance(name, tensors[name])
+        yield name, error, replay.flow_tolerance(name, tensors[name])
 
 
 class _Absent(ValueError):
@@ -204,11 +201,3 @@ class _Replay:
 
     def _json(self, key: str, default: Any = None) -> Any:
         return replay.read_json(self.metadata, key, self.path, default)
-
-
-def _tolerance(name: str, reference: Tensor) -> float:
-    if name == "out/train_losses":
-        return TRAIN
-    loose = name.startswith(("out/sample", "out/denoised", "out/grad_norms"))
-    largest = float(reference.abs().max()) if reference.numel() else 0.0
-    return (LOOSE if loose else TIGHT) * (1.0 + largest)
