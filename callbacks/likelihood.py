@@ -14,6 +14,10 @@ from callbacks.records import scalars
 from callbacks.sampling import plain
 from callbacks.validations import AtValidations
 from lightningmodules.base import GenerativeModule
+from lightningmodules.shared.masking import Bound
+
+TENTHS = 10
+SUMS = 7  # see ``_sums``
 
 
 class Likelihood(AtValidations):
@@ -23,6 +27,11 @@ class Likelihood(AtValidations):
     characters are those of the decoded text. For densities of another space, such as latents, it is
     ``metrics/nats_per_dim_<space>``: such a number compares with none of another autoencoder. Where the room knows a
     bound only, the row in ``metrics.jsonl`` says so.
+
+    Rooms whose bound is an integral over time (those with ``bound``) also get what every tenth of the time adds to it:
+    ``likelihood/bound_t0.0-0.1`` and so on, t = 0 being clean, in bits per token or dimension, so the ten add up to the
+    whole. With a latent ``likelihood/cross_entropy_t...`` and ``likelihood/latent_t...`` are its two parts; neither
+    alone bounds anything.
 
     The dequantisation noise of a sample is seeded by its key, so the value depends neither on batches nor on ranks,
     and it moves only because the weights did. Rooms without ``log_likelihood`` are left alone.
@@ -61,7 +70,7 @@ class Likelihood(AtValidations):
         return True
 
     def _log(self, trainer: L.Trainer, module: GenerativeModule, sums: Tensor) -> None:
-        rows, nats, right, asked, infinite, places, characters = sums.tolist()
+        rows, nats, right, asked, infinite, places, characters = sums[:SUMS].tolist()
         protocol = {
             "n": round(rows),
             "weights": module.active_weights,
@@ -79,7 +88,7 @@ class Likelihood(AtValidations):
             values, protocol["space"] = {f"metrics/nats_per_dim_{space.replace(' ', '_')}": nats_per_dim}, space
         else:
             values = {"metrics/bpd": bits / places}
-        scalars(trainer, values, **protocol)
+        scalars(trainer, values | _tenths(sums[SUMS:] / (math.log(2) * max(1.0, places))), **protocol)
         if asked:
             settings = {
                 "settings": self.classify_settings,
@@ -90,12 +99,13 @@ class Likelihood(AtValidations):
             scalars(trainer, {"metrics/accuracy_bayes": right / asked}, **settings)
 
     def _sums(self, trainer: L.Trainer, module: GenerativeModule) -> Tensor | None:
-        """Sums over all ranks, (7,) float64.
+        """Sums over all ranks, float64.
 
         Samples, nats, right answers, classified samples, samples without a finite likelihood, places (dimensions or
-        tokens), characters.
+        tokens), characters; of rooms with a bound also the nats of its two parts in every tenth of the time.
         """
         likelihood: Callable[..., Tensor] = getattr(module, "log_likelihood")  # noqa: B009 - rooms may lack it
+        bound: Callable[..., Bound] | None = getattr(module, "bound", None)
         classify: Callable[..., Tensor] | None = getattr(module, "classify", None)
         wanted = self.classify and classify is not None and module.num_classes > 1
         seeded = classify is not None and "seeds" in inspect.signature(classify).parameters
@@ -103,15 +113,19 @@ class Likelihood(AtValidations):
         def settings(batch: Mapping[str, Any]) -> dict[str, Any]:
             return {**({"seeds": seeds_of(batch)} if seeded else {}), **self.classify_settings}
 
-        sums = torch.zeros(7, dtype=torch.float64)
+        sums = torch.zeros(SUMS if bound is None else SUMS + 2 * TENTHS, dtype=torch.float64)
         for batch, counts in _in_step(trainer, self.max_batches):
             if module.stop_requested():
                 return None
             batch = trainer.strategy.batch_to_device(batch)
             how = {} if self.conditional else {"conditional": False}
-            nats = likelihood(batch, seeds=seeds_of(batch), **how).double().cpu()
+            found = None if bound is None else bound(batch, seeds=seeds_of(batch), **how)
+            given = likelihood(batch, seeds=seeds_of(batch), **how) if found is None else found.log_likelihood()
+            nats = given.double().cpu()
             finite = nats.isfinite()
             row = [len(nats), float(nats[finite].sum()), 0, 0, int((~finite).sum()), *_size(module, batch, len(nats))]
+            if found is not None:
+                row += found.over_time(TENTHS, finite.to(found.t.device)).flatten().tolist()
             if wanted and classify is not None and "label" in batch:
                 right = classify(batch, **settings(batch)).cpu() == batch["label"].cpu()
                 row[2:4] = [int(right.sum()), len(right)]
@@ -121,6 +135,22 @@ class Likelihood(AtValidations):
             return sums
         total: Tensor = trainer.strategy.reduce(sums.to(module.device), reduce_op="sum")
         return total.cpu()
+
+
+def _tenths(parts: Tensor) -> dict[str, float]:
+    """Scalars of the two parts of a bound by tenths of the time, (2 x 10,); none where there are none."""
+    if not len(parts):
+        return {}
+    tokens, latent = parts.view(2, TENTHS)
+    shown = {"bound": tokens + latent}
+    if bool(latent.any()):
+        shown |= {"cross_entropy": tokens, "latent": latent}
+    names = [f"t{tenth / TENTHS:.1f}-{(tenth + 1) / TENTHS:.1f}" for tenth in range(TENTHS)]
+    return {
+        f"likelihood/{part}_{name}": value
+        for part, values in shown.items()
+        for name, value in zip(names, values.tolist(), strict=True)
+    }
 
 
 def _size(module: GenerativeModule, batch: Mapping[str, Any], rows: int) -> tuple[int, int]:

@@ -47,7 +47,13 @@ def draw(
     return torch.cat(parts)
 
 
-def prompted(module: GenerativeModule, condition: Condition | None, prompt: str, rows: int = 1) -> Condition:
+def prompted(
+    module: GenerativeModule,
+    condition: Condition | None,
+    prompt: str,
+    rows: int = 1,
+    settings: Mapping[str, Any] | None = None,
+) -> Condition:
     """The condition with a caption, or with a text that every sample begins with.
 
     Args:
@@ -56,12 +62,14 @@ def prompted(module: GenerativeModule, condition: Condition | None, prompt: str,
         condition: what the samples are conditioned on besides, ``rows`` of it, or None.
         prompt: the text.
         rows: number of samples.
+        settings: of the sampler; an ``aspect`` ratio among them becomes part of a caption where the training had it.
 
     Raises:
         ValueError: the model takes neither, or the tokenizer cannot write the prompt.
     """
     if hasattr(module, "caption"):
-        told: Condition = getattr(module, "caption")([prompt] * rows)  # noqa: B009 - rooms may lack it
+        aspect = {name: value for name, value in (settings or {}).items() if name == "aspect"}
+        told: Condition = getattr(module, "caption")([prompt] * rows, **aspect)  # noqa: B009 - rooms may lack it
         return told
     tokenizer = getattr(module.codec, "tokenizer", None)
     if tokenizer is None:

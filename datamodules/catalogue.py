@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,26 @@ def parse(text: bytes, path: Path | str) -> Catalogue:
         return Catalogue(content["dataset"], content["licence"], content["sources"], shards, card)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a shard index ({type(error).__name__}: {error}). {_DELETE}") from error
+
+
+def agreed(cards: Sequence[Mapping[str, Any]], name: str, setting: str) -> dict[str, Any]:
+    """Entry of the cards of several folders; empty where they say nothing.
+
+    Args:
+        cards: of the folders.
+        name: of the entry, e.g. a member.
+        setting: name of the setting that joins the folders, for messages.
+
+    Raises:
+        ValueError: they disagree.
+    """
+    found = [card.get(name, {}) for card in cards]
+    if any(entry != found[0] for entry in found):
+        raise ValueError(
+            f"{setting} joins folders whose {FILE_NAME} disagree about {name}: {', '.join(map(str, found))}. "
+            "Name shards that were made alike."
+        )
+    return dict(found[0]) if found else {}
 
 
 def sha256(path: Path) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules import catalogue
+from datamodules import bpe, catalogue
 from datamodules.order import Order
 from datamodules.writer import DatasetWriter
 
@@ -71,6 +71,20 @@ def pydoc_prose(root: Path | str) -> None:
     files = _library()
     texts = [*_topics(), *(text for path, data in files.items() for text in _docstrings(path, data))]
     _write(Path(root), PROSE, _PSF, texts, "txt", files)
+
+
+def pydoc_prose_bpe(root: Path | str, entries: int = 1024) -> None:
+    """:func:`pydoc_prose`, and a byte-level BPE tokenizer trained on its training texts in the folder ``tokenizer``.
+
+    Args:
+        root: folder of the shards. What is there already is left as it is.
+        entries: tokens of the tokenizer, the mark at the end of a text included; >= 257.
+
+    Raises:
+        ValueError: the folder holds something else or cannot be written, or a tokenizer of another size.
+    """
+    pydoc_prose(root)
+    bpe.train(root, entries)
 
 
 def stdlib_code(root: Path | str) -> None:

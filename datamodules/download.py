@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import select
 import shlex
 import socket
@@ -15,9 +16,15 @@ from typing import Any
 
 from webdataset.gopen import gopen, gopen_schemes
 
+from datamodules import catalogue
+from datamodules.catalogue import ShardEntry
+from datamodules.tarindex import BLOCK
+
 STALLED_SECONDS = 60.0  # a source that sends nothing for so long is given up
 _POLL_SECONDS = 0.25
 _CHUNK = 1 << 20
+_SMALL = 2**28  # bytes
+_FILE_NAME = re.compile(r"[^/\s?&=#'\"]+\.tar(?![^/\s?&#'\"]*\.tar)")
 _BY_CURL = {"http", "https", "hf", "sftp", "ftps", "scp"}
 _CURL = {
     3: "the address is malformed",
@@ -90,6 +97,57 @@ def chunks(url: str, stop: threading.Event, quiet: bool = False) -> Iterator[byt
         file.close()
         if process is not None:
             process.wait()
+
+
+def small(url: str, stop: threading.Event) -> bytes:
+    """Content of a small remote file.
+
+    Args:
+        url: as ``chunks`` takes it.
+        stop: give up when this is set.
+
+    Raises:
+        OSError: it cannot be had, or it is larger than index files ever are.
+    """
+    content = bytearray()
+    for data in chunks(url, stop, quiet=True):
+        content += data
+        if len(content) > _SMALL:
+            raise OSError(errno.EFBIG, "too large")
+    return bytes(content)
+
+
+def check_whole(size: int, digest: str, entry: ShardEntry | None, file: int) -> None:
+    """Refuse a shard that did not arrive whole.
+
+    Args:
+        size: bytes that came.
+        digest: their sha256.
+        entry: what index.json says about it, or None.
+        file: descriptor of the copy.
+
+    Raises:
+        OSError: it is not the one of index.json, or lacks the blocks that end a tar.
+    """
+    if entry is None:
+        if size < 2 * BLOCK or os.pread(file, 2 * BLOCK, size - 2 * BLOCK).strip(b"\0"):
+            raise OSError(errno.EIO, f"the download is truncated at byte {size}: the end-of-archive blocks are missing")
+    elif digest != entry.sha256:
+        raise OSError(errno.EIO, f"the download has another sha256 than {catalogue.FILE_NAME} says")
+
+
+def file_name(url: str) -> str:
+    """Name of the shard that an address or a command fetches."""
+    found = _FILE_NAME.findall(url)
+    return str(found[-1]) if found else re.sub(r"[^\w.-]+", "_", url)[-80:]
+
+
+def beside(url: str, name: str) -> str:
+    """Address of another file in the folder of a shard: the name is replaced, all else stays."""
+    found = list(_FILE_NAME.finditer(url))
+    if not found:
+        return f"{url}/{name}"
+    return url[: found[-1].start()] + name + url[found[-1].end() :]
 
 
 def _pieces(file: int, stop: threading.Event) -> Iterator[bytes]:

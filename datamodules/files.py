@@ -8,9 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules import catalogue, tarindex
+from datamodules import catalogue, overview, tarindex
 from datamodules.catalogue import ShardEntry
 from datamodules.order import Ints
+from datamodules.overview import Notes, Overview
 from datamodules.setindex import SetIndex
 from datamodules.tarindex import TarIndex
 
@@ -57,6 +58,12 @@ class Files(Protocol):
             OSError: it is not to be had.
         """
 
+    def recall(self, shard: int, name: str, shape: tuple[int, ...]) -> Ints | None:
+        """A column of an overview of many shards, see :mod:`datamodules.overview`, int64 of that shape; or None."""
+
+    def note(self, shard: int, name: str, table: Ints) -> None:
+        """Remember a column that ``recall`` did not know."""
+
     def stored(self, shard: int, name: str, shape: tuple[int, int]) -> Ints | None:
         """A measured column from beside the shard or from the cache, or None."""
 
@@ -95,6 +102,10 @@ class LocalFiles:
         self._stats = [path.stat() if few or entry is None else None for path, entry in pairs]
         stated = [0 if entry is None else entry.bytes for entry in self.entries]
         self.sizes = [size if stat is None else stat.st_size for stat, size in zip(self._stats, stated, strict=True)]
+        beside = {folder: Overview(folder / overview.FILE_NAME) for folder in listed}
+        self._overviews = [beside[path.parent] for path in self.paths]
+        stamps = [None if stat is None else f"{stat.st_size} {stat.st_mtime_ns}" for stat in self._stats]
+        self._notes = Notes([str(path.absolute()) for path in self.paths], stamps)
 
     def open(self, shard: int) -> int:
         """A descriptor of the file."""
@@ -135,18 +146,35 @@ class LocalFiles:
                 continue
         return np.zeros(0, dtype="S1")
 
+    def recall(self, shard: int, name: str, shape: tuple[int, ...]) -> Ints | None:
+        """A column from the overview beside the shard, or from that in the cache, or None."""
+        entry, found = self.entries[shard], None
+        if entry is not None:
+            found = self._overviews[shard].column(name, self.names[shard], entry.sha256, shape)
+        return self._notes.column(shard, name, shape) if found is None else found
+
+    def note(self, shard: int, name: str, table: Ints) -> None:
+        """Remember a column that ``recall`` did not know."""
+        self._notes.add(shard, name, table)
+
     def stored(self, shard: int, name: str, shape: tuple[int, int]) -> Ints | None:
         """A measured column from beside the shard or from the cache, or None."""
-        path = self.paths[shard]
-        found = tarindex.read_measured(tarindex.sidecar(path), path.stat().st_size, name, shape)
+        path, column = self.paths[shard], f"{overview.MEASURED}{name}"
+        found = self.recall(shard, column, shape)
         if found is not None:
             return found
-        kept = tarindex.cache_file(tarindex.identity(path), name)
-        return tarindex.read_measured(kept, path.stat().st_size, name, shape)
+        found = tarindex.read_measured(tarindex.sidecar(path), path.stat().st_size, name, shape)
+        if found is None:
+            kept = tarindex.cache_file(tarindex.identity(path), name)
+            found = tarindex.read_measured(kept, path.stat().st_size, name, shape)
+        if found is not None:
+            self.note(shard, column, found)
+        return found
 
     def store(self, shard: int, name: str, table: Ints) -> None:
         """Put a measured column into the cache."""
         path = self.paths[shard]
+        self.note(shard, f"{overview.MEASURED}{name}", table)
         tarindex.keep_measured(tarindex.cache_file(tarindex.identity(path), name), path.stat().st_size, name, table)
 
     def expect(self, shards: Sequence[int]) -> None:

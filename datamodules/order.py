@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ _WORD = 2**64 - 1
 _CACHED_EPOCHS = 2
 _CACHED_WINDOWS = 2
 _PLANNERS = 8  # threads that fetch the planning numbers of many shards; network file systems answer slowly
+_TURNS = 8  # of each thread, so that none waits long for the others
 
 FLIP, CAPTION, PACKING = 0, 1, 2  # streams of sample_bits
 
@@ -305,8 +307,13 @@ def over_shards(measure: Callable[[int], V], shards: int) -> list[V]:
     """Apply a function to the number of every shard, in threads because it reads files; results in order."""
     if shards < 2 * _PLANNERS:
         return [measure(shard) for shard in range(shards)]
+    step = -(-shards // (_PLANNERS * _TURNS))  # handing a shard over costs more than what is looked up for most of them
+
+    def several(first: int) -> list[V]:
+        return [measure(shard) for shard in range(first, min(first + step, shards))]
+
     with ThreadPoolExecutor(_PLANNERS, thread_name_prefix="plan") as pool:
-        return list(pool.map(measure, range(shards)))
+        return list(chain.from_iterable(pool.map(several, range(0, shards, step))))
 
 
 def remember(cache: "OrderedDict[K, V]", key: K, value: V, limit: int) -> V:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules import catalogue, tarindex
+from datamodules import catalogue, overview, tarindex
 from datamodules.catalogue import Catalogue, ShardEntry
 from datamodules.writer import sync_folder, write_text
 
@@ -124,6 +124,7 @@ class Workplace:
                     whole.write(path.read_bytes())
                 whole.flush()
                 os.fsync(whole.fileno())
+            overview.describe(self.folder, index.shards)
             write_text(self.folder / catalogue.FILE_NAME, index.to_json())
             sync_folder(self.folder)
             if self._fresh and self.out.is_dir() and any(self.out.iterdir()):
@@ -241,7 +242,13 @@ def ours(out: Path) -> Catalogue | None:
             f"{out} holds other files ({', '.join(sorted(names)[:3])}), and data pack writes over nothing. "
             "Type a new or empty folder."
         )
-    expected = {catalogue.FILE_NAME, MANIFEST, *index.shards, *(f"{shard}.idx.npz" for shard in index.shards)}
+    expected = {
+        catalogue.FILE_NAME,
+        overview.FILE_NAME,
+        MANIFEST,
+        *index.shards,
+        *(f"{shard}.idx.npz" for shard in index.shards),
+    }
     if names - expected:
         raise ValueError(
             f"{out} holds a packed set and other files ({', '.join(sorted(names - expected)[:3])}). "

@@ -1,6 +1,7 @@
 """Which files a setting names: wildcards, braces, lists and folders, and what is missing among them."""
 
 import difflib
+import fnmatch
 import logging
 import re
 from collections.abc import Iterable
@@ -111,7 +112,7 @@ def _expand(path: Path, setting: str) -> list[Path]:
     found = [Path(name) for name in glob(str(path))]
     index = catalogue.read(path.parent) if found and not has_magic(str(path.parent)) else None
     if index is not None:
-        return [*found, *(path.parent / name for name in index.shards if Path(name).match(path.name))]
+        return [*found, *(path.parent / name for name in fnmatch.filter(index.shards, path.name))]
     return [*found, *_gaps(found)]
 
 

@@ -15,12 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from datamodules import catalogue, download, tarindex
+from datamodules import catalogue, download, overview, tarindex
 from datamodules.catalogue import Catalogue, ShardEntry
-from datamodules.download import Absent, Closed, Lock
+from datamodules.download import Absent, Closed, Lock, beside, file_name
 from datamodules.order import Ints
+from datamodules.overview import Notes, Overview
 from datamodules.patterns import braces, of_split
-from datamodules.tarindex import BLOCK, TarIndex, cache_folder
+from datamodules.tarindex import TarIndex, cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,6 @@ _GIB = 2**30
 _ATTEMPTS = 4
 _BACKOFF_SECONDS = 1.0
 _FAILED_SECONDS = 60.0  # a shard that could not be fetched is not asked for again before that
-_SMALL = 2**28  # an index file is never larger
-_FILE_NAME = re.compile(r"[^/\s?&=#'\"]+\.tar(?![^/\s?&#'\"]*\.tar)")
 
 
 @dataclasses.dataclass
@@ -86,7 +85,7 @@ class RemoteFiles:
         self.entries = [shard.entry for shard in self._shards]
         self.place = beside(self._shards[0].url, "")
         self._stop = threading.Event()
-        self._lock = threading.Lock()
+        self._lock, self._fetching = threading.Lock(), threading.Lock()
         self._failed: dict[int, tuple[float, OSError]] = {}
         self._expected: list[int] = []
         self._thread: threading.Thread | None = None
@@ -100,6 +99,10 @@ class RemoteFiles:
                 f"({error.strerror}). Set PLATFORM_CACHE to a folder with space."
             ) from error
         self.sizes = [entry.bytes if entry else 0 for entry in self.entries]  # 0 for what is not known
+        self._notes = Notes(
+            [shard.url for shard in shards], [entry.sha256 if entry else None for entry in self.entries]
+        )
+        self._overviews: dict[str, Overview] = {}
         self._measure()
 
     @staticmethod
@@ -183,8 +186,23 @@ class RemoteFiles:
         finally:
             os.close(file)
 
+    def recall(self, shard: int, name: str, shape: tuple[int, ...]) -> Ints | None:
+        """A column of the overview beside the shard, which is fetched once, or of that in the cache, or None."""
+        known, found = self._shards[shard], None
+        if known.entry is not None:
+            overviewed = self._overview(beside(known.url, overview.FILE_NAME))
+            found = overviewed.column(name, known.name, known.entry.sha256, shape)
+        return self._notes.column(shard, name, shape) if found is None else found
+
+    def note(self, shard: int, name: str, table: Ints) -> None:
+        """Remember a column that ``recall`` did not know."""
+        self._notes.add(shard, name, table)
+
     def stored(self, shard: int, name: str, shape: tuple[int, int]) -> Ints | None:
         """A measured column from beside the shard or from the cache, or None."""
+        found = self.recall(shard, f"{overview.MEASURED}{name}", shape)
+        if found is not None:
+            return found
         known = self._shards[shard]
         kept = tarindex.cache_file(known.identity())
         if not kept.exists():
@@ -193,12 +211,16 @@ class RemoteFiles:
         if found is None:
             kept = tarindex.cache_file(known.identity(), name)
             found = tarindex.read_measured(kept, self.sizes[shard], name, shape)
+        if found is not None:
+            self.note(shard, f"{overview.MEASURED}{name}", found)
         return found
 
     def store(self, shard: int, name: str, table: Ints) -> None:
         """Put a measured column into the cache."""
-        kept = tarindex.cache_file(self._shards[shard].identity(), name)
-        tarindex.keep_measured(kept, self.sizes[shard], name, table)
+        self.note(shard, f"{overview.MEASURED}{name}", table)
+        tarindex.keep_measured(
+            tarindex.cache_file(self._shards[shard].identity(), name), self.sizes[shard], name, table
+        )
 
     def expect(self, shards: Sequence[int]) -> None:
         """Fetch these shards in the background, in this order, as far as there is room; replaces what was expected."""
@@ -319,7 +341,7 @@ class RemoteFiles:
                 replaced = f"; if it was replaced, delete {tarindex.cache_file(self._shards[shard].identity())}"
                 told = f"{catalogue.FILE_NAME} says {known}" if entry else f"its index says {known}{replaced}"
                 raise OSError(errno.EIO, f"the download has {size} bytes, {told}")
-            _check(size, digest.hexdigest(), entry, file)
+            download.check_whole(size, digest.hexdigest(), entry, file)
             os.fsync(file)
             part.replace(path)
             if not known:
@@ -398,6 +420,18 @@ class RemoteFiles:
                 todo.append(shard)
         return todo
 
+    def _overview(self, url: str) -> Overview:
+        """The copy of an overview; as good as absent if it cannot be had."""
+        with self._fetching:
+            if url not in self._overviews:
+                content = "".join(entry.sha256 for entry in self.entries if entry)
+                kept = tarindex.cache_file(f"{url}\0{content}").with_suffix(".safetensors")
+                if not kept.exists():
+                    with contextlib.suppress(OSError):
+                        tarindex.keep_file(kept, download.small(url, self._stop))
+                self._overviews[url] = Overview(kept)
+            return self._overviews[url]
+
     def _fetch_sidecars(self) -> None:
         """Fetch the index files of all shards, several at once: plans need them all."""
         missing = [i for i, s in enumerate(self._shards) if not tarindex.cache_file(s.identity()).exists()]
@@ -412,7 +446,7 @@ class RemoteFiles:
             return False
         url = beside(known.url, tarindex.sidecar(Path(known.name)).name)
         try:
-            content = _fetch_small(url, self._stop)
+            content = download.small(url, self._stop)
         except Closed:
             raise
         except OSError:
@@ -441,20 +475,6 @@ def check_room(sets: Sequence[RemoteFiles], window: int) -> None:
     )
 
 
-def file_name(url: str) -> str:
-    """Name of the shard that an address or a command fetches."""
-    found = _FILE_NAME.findall(url)
-    return str(found[-1]) if found else re.sub(r"[^\w.-]+", "_", url)[-80:]
-
-
-def beside(url: str, name: str) -> str:
-    """Address of another file in the folder of a shard: the name is replaced, all else stays."""
-    found = list(_FILE_NAME.finditer(url))
-    if not found:
-        return f"{url}/{name}"
-    return url[: found[-1].start()] + name + url[found[-1].end() :]
-
-
 def _inside(url: str, setting: str) -> list[str]:
     """Shards of a folder, an address that ends with a slash, as its index.json lists them; else the address itself."""
     if url.startswith("pipe:") or not url.endswith("/"):
@@ -466,29 +486,11 @@ def _inside(url: str, setting: str) -> list[str]:
     return [url + name for name in of_split(index.shards, url.rstrip("/"), setting)]
 
 
-def _check(size: int, digest: str, entry: ShardEntry | None, file: int) -> None:
-    """Refuse what did not arrive whole."""
-    if entry is None:
-        if size < 2 * BLOCK or os.pread(file, 2 * BLOCK, size - 2 * BLOCK).strip(b"\0"):
-            raise OSError(errno.EIO, f"the download is truncated at byte {size}: the end-of-archive blocks are missing")
-    elif digest != entry.sha256:
-        raise OSError(errno.EIO, f"the download has another sha256 than {catalogue.FILE_NAME} says")
-
-
-def _fetch_small(url: str, stop: threading.Event) -> bytes:
-    content = bytearray()
-    for data in download.chunks(url, stop, quiet=True):
-        content += data
-        if len(content) > _SMALL:
-            raise OSError(errno.EFBIG, "too large")
-    return bytes(content)
-
-
 def _fetch_catalogue(url: str) -> Catalogue | None:
     """The index.json at an address, or None where there is none."""
     for attempt in range(_ATTEMPTS):
         try:
-            content = _fetch_small(url, threading.Event())
+            content = download.small(url, threading.Event())
         except Absent:
             return None
         except OSError:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules import catalogue, spans
+from datamodules import catalogue, overview, spans
 from datamodules.files import Files, LocalFiles
 from datamodules.held import Held
 from datamodules.order import Ints, fingerprint
@@ -78,6 +78,7 @@ class ShardSet:
         self.counts: Ints = stock.counts
         self.lost = stock.lost
         self._repeats = stock.repeats
+        self._refused: dict[int, dict[int, str]] = {}  # rows of the shards in use that nobody may read, and why
         self._before = stock.keys
         self.starts: Ints = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
         stated = [entry.bytes if entry else size for entry, size in zip(self.files.entries, sizes, strict=True)]
@@ -170,15 +171,21 @@ class ShardSet:
         return members
 
     def sizes(self, shard: int, extension: str) -> Ints:
-        """Bytes of one member for every sample of a shard; 0 where it is missing or the shard is damaged. (n,)."""
-        table = np.zeros(int(self.counts[shard]), dtype=np.int64)
+        """Bytes of one member for every sample of a shard, (n,); 0 where it is missing.
+
+        An overview tells them as they were written, whatever has become of the shard; else damage counts as missing.
+        """
+        name, count = f"{overview.SIZE}{extension}", int(self.counts[shard])
+        known = self.files.recall(shard, name, (count,))
+        if known is not None:
+            return known
         try:
             index = self._index(shard)
         except OSError:
-            return table
-        if extension in index.extensions:
-            found = index.sizes[: len(table), index.extensions.index(extension)]
-            table[: len(found)] = found
+            return np.zeros(count, dtype=np.int64)
+        table = np.ascontiguousarray(spans.members(index, extension, count)[:, 1])
+        if not index.problem:
+            self.files.note(shard, name, table)
         return table
 
     def described(self, name: str) -> dict[str, Any]:
@@ -187,13 +194,7 @@ class ShardSet:
         Raises:
             ValueError: the folders of the set disagree.
         """
-        found = [card.get(name, {}) for card in self.files.cards]
-        if any(entry != found[0] for entry in found):
-            raise ValueError(
-                f"{self.setting} joins folders whose {catalogue.FILE_NAME} disagree about {name}: "
-                f"{', '.join(map(str, found))}. Name shards that were made alike."
-            )
-        return dict(found[0]) if found else {}
+        return catalogue.agreed(self.files.cards, name, self.setting)
 
     def stored(self, shard: int, name: str, width: int) -> Ints | None:
         """Measured numbers (n, width) if they are known without reading the samples, else None."""
@@ -329,8 +330,8 @@ class ShardSet:
         if row >= len(index):
             told = f"the shard holds {len(index)} samples, {catalogue.FILE_NAME} says {self.counts[shard]}"
             raise BadSample(f"{name}, sample {self._key(shard, row)}: is lost; {index.problem or told}", row=asked)
-        if row in self._repeats.get(shard, ()):
-            raise BadSample(f"{name}, {self._repeats[shard][row]}", row=asked)
+        if row in self._refused.get(shard, ()):
+            raise BadSample(f"{name}, {self._refused[shard][row]}", row=asked)
 
     def _unreadable(self, shard: int, key: str, error: OSError, asked: int = -1) -> BadSample:
         return BadSample(f"{self.names[shard]}, sample {key}: {error.strerror or error}", row=asked)
@@ -390,12 +391,16 @@ class ShardSet:
         return index
 
     def _checked_index(self, shard: int) -> TarIndex:
-        """The index, with a problem where keys are repeated, or the file has not the size that index.json states."""
+        """The index, with a problem where it is not what is known about the shard from elsewhere."""
         index, entry = self.files.index(shard), self.files.entries[shard]
-        if rows := self._repeats.get(shard):
+        shape, rows = (int(self.counts[shard]),), self._repeats.get(shard, {})
+        if not self.files.verified:
+            rows = rows | overview.resized(index, lambda name: self.files.recall(shard, name, shape))
+        self._refused[shard] = rows
+        if rows:
             offsets = index.offsets.copy()
             offsets[[row for row in rows if row < len(index)]] = -1  # so that nobody copies them unasked
-            index = dataclasses.replace(index, offsets=offsets, problem=index.problem or "it repeats keys")
+            index = dataclasses.replace(index, offsets=offsets, problem=index.problem or next(iter(rows.values())))
         if entry is None or index.problem or index.size == entry.bytes:
             return index
         told = f"the file has {index.size} bytes, {catalogue.FILE_NAME} says {entry.bytes}"

@@ -19,7 +19,7 @@ import simplejpeg
 from PIL import Image
 from webdataset import TarWriter
 
-from datamodules import catalogue, tarindex
+from datamodules import catalogue, overview, tarindex
 from datamodules.catalogue import Catalogue, ShardEntry
 from datamodules.transforms import IMAGE_EXTENSIONS
 
@@ -149,6 +149,7 @@ class DatasetWriter:
 
     def _publish(self) -> None:
         index = Catalogue(self.dataset, self.licence, self.sources, self.shards, self.card)
+        overview.describe(self._temporary, self.shards)
         write_text(self._temporary / catalogue.FILE_NAME, index.to_json())
         try:
             # Replaces the folder only if it is absent or empty, in one step.

@@ -47,6 +47,7 @@ class GenerativeModule(L.LightningModule):
             if not 0.0 < decay < 1.0:
                 raise ValueError(f"module.ema_decays holds {decay}; each decay lies in (0, 1). Type e.g. [0.999].")
         self.codec = codec
+        self.start: str | None = None  # weights that build() begins with; the runner clears it where others follow
         self._optimizer, self._schedule = optimizer, schedule
         self.ema_decays = tuple(ema_decays)
         self.run_seed = 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from platform import overrides as arguments
+from platform import signatures
 from platform.draft import Draft, flatten, merge
 from platform.origins import BASE, EXPERIMENTS, Origins, experiments, groups, layers
 from platform.overrides import Override
@@ -60,15 +61,18 @@ def compose(
     return draft.finish([change for change in changes if change.key not in choices])
 
 
-def check_sampling(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str, Any]:
+def check_sampling(cfg: "DictConfig", overrides: Sequence[str] = (), call: str = "sample") -> dict[str, Any]:
     """Settings for ``module.sample``: the experiment's ``sampling:`` block, then arguments of the command line.
+
+    For another ``call`` of the room, entries of the block that have no meaning there are left out.
 
     Args:
         cfg: a composed or loaded configuration.
         overrides: ``key=value``; the key may be written with or without ``sampling.`` in front.
+        call: name of the room's method that takes them.
 
     Returns:
-        Keyword arguments, checked against the signature of the room's ``sample``.
+        Keyword arguments, checked against the signature of the room's ``sample``, or other ``call``.
 
     Raises:
         ValueError: ``sample`` takes no such argument, or not such a value.
@@ -76,10 +80,13 @@ def check_sampling(cfg: "DictConfig", overrides: Sequence[str] = ()) -> dict[str
     changes = [arguments.parse(text) for text in overrides]
     changes = [replace(change, key=f"sampling.{change.key.removeprefix('sampling.')}") for change in changes]
     tree = {name: _plain(cfg)[name] for name in ("experiment", "module", "sampling")}
+    if call != "sample":
+        known = signatures.of(f"{tree['module']['_target_']}.{call}").arguments
+        tree["sampling"] = {name: value for name, value in tree["sampling"].items() if name in known}
     draft = Draft(tree, Origins([], changes, tiny=False), {})
     for change in changes:
         draft.apply(change)
-    draft.check_sampling()
+    draft.check_sampling(call)
     return dict(draft.tree["sampling"])
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _ROOTS = ("module", "data")  # exactly one object each
 _UNSET = "???"  # OmegaConf's mark for a value that must be given
-_REQUEST = ("self", "seeds", "condition", "noise")  # arguments of sample() that are not settings
+_REQUEST = ("self", "seeds", "condition", "noise", "batch", "missing")  # arguments of sample() that are not settings
 
 
 class Draft:
@@ -185,15 +185,15 @@ class Draft:
                 elif argument.required and (argument.keyword_only or not partial):
                     raise self._missing(f"{key}.{name}", argument.annotation)
 
-    def check_sampling(self) -> None:
-        """Every key of ``sampling`` is an argument of the room's ``sample``, with a value of its type.
+    def check_sampling(self, call: str = "sample") -> None:
+        """Every key of ``sampling`` is an argument of the room's ``sample``, or other ``call``, and of its type.
 
         So is every key of ``settings`` of a callback: callbacks that sample take the room's keywords by this name.
         """
         room = signatures.locate(self._signature(self.tree["module"], "module").target)
-        if not hasattr(room, "sample"):
+        if not hasattr(room, call):
             return
-        signature = signatures.read(f"{room.__name__}.sample", room.sample, without=_REQUEST)
+        signature = signatures.read(f"{room.__name__}.{call}", getattr(room, call), without=_REQUEST)
         blocks = {"sampling": self.tree["sampling"]}
         for callback, node in self.tree.get("callbacks", {}).items():
             if isinstance(node, dict) and isinstance(node.get("settings"), dict):

@@ -17,8 +17,8 @@ def run(args: argparse.Namespace) -> int:
 
     Args:
         args: ``run`` (run or weights folder), ``overrides`` (``key=value`` sampling settings), ``n`` (samples for
-            distances, or None for the run's own number), ``weights``; ``problems`` and what belongs to it, see
-            ``platform.solve``, instead of the metrics.
+            distances, or None for the run's own number), ``weights``, ``decoder`` (folder or None); ``problems`` and
+            what belongs to it, see ``platform.solve``, instead of the metrics.
 
     Returns:
         0.
@@ -26,12 +26,13 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from platform import solve
-    from platform.runs import METRICS, load_module
+    from platform.runs import METRICS, load_module, use_decoder
     from platform.screens import number
 
     if args.problems:
         solve.check(args)
     module, cfg = load_module(args.run, args.weights or "ema")
+    use_decoder(module, args.decoder)
     settings = configs.check_sampling(cfg, args.overrides)
     source = Path(args.run)
     root = source if source.is_dir() else source.parent

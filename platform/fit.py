@@ -71,6 +71,8 @@ def _train(
 
     flag = StopFlag(lambda: signals.requested() != 0)
     room = assemble.module(cfg, flag)
+    if checkpoint is not None:
+        room.start = None  # the weights it began with are in the checkpoint, changed
     extra = [screens.StartScreen(cfg, run, datamodule.describe(), start), *assemble.callbacks(cfg)]
     accumulation = datamodule.accumulation_for(assemble.world_size(cfg))
     loggers = assemble.loggers(run, start, owed, room)

@@ -266,6 +266,7 @@ def load_module(path: str | Path, weights: str = "ema") -> tuple[Any, Any]:
     cfg = configs.load(folder / CONFIG)
     module = hydra.utils.instantiate(cfg.module, _convert_="all")
     module.run_seed = cfg.seed
+    module.start = None  # the weights it began with need not be on this machine
     if (folder / WEIGHTS).is_file():
         module.ema_decays = ()
         module.configure_model()
@@ -283,6 +284,19 @@ def load_module(path: str | Path, weights: str = "ema") -> tuple[Any, Any]:
             raise ValueError(f"{folder} has no usable checkpoint yet.{again}")
         _load(module, checkpoint, module.resolve_weights(weights))
     return module.eval(), cfg
+
+
+def use_decoder(module: Any, folder: str | None) -> None:
+    """Let a model of latents draw its pictures with another autoencoder's decoder; None changes nothing.
+
+    Raises:
+        ValueError: the model has no latents, or the decoder belongs to another encoder.
+    """
+    if folder is None:
+        return
+    if not hasattr(module.codec, "use_decoder"):
+        raise ValueError(f"--decoder {folder}: this model draws pictures without an autoencoder. Leave it out.")
+    module.codec.use_decoder(folder)
 
 
 def _load(module: Any, checkpoint: Path, kind: str) -> None:

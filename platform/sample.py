@@ -5,11 +5,10 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from omegaconf import DictConfig
 
 from platform import config as configs
 
@@ -22,16 +21,21 @@ def run(args: argparse.Namespace) -> int:
 
     Args:
         args: ``run`` (folder), ``overrides`` (``key=value`` sampling settings), ``seeds`` (list of int), ``label``
-            (int or None), ``prompt`` (text or None), ``weights``, ``out`` (folder or None), ``batch`` (samples at a
-            time), ``grid``.
+            (int or None), ``prompt`` (text or None), ``image`` and ``mask`` (files, or None: nothing is filled in),
+            ``decoder`` (folder or None), ``weights``, ``out`` (folder or None), ``batch`` (samples at a time),
+            ``grid``.
 
     Returns:
         0.
     """
-    from platform.runs import load_module
+    from platform import inpainting
+    from platform.runs import load_module, use_decoder
 
     module, cfg = load_module(args.run, args.weights or "ema")
-    settings = configs.check_sampling(cfg, args.overrides)
+    use_decoder(module, args.decoder)
+    gap = None if args.image is None else inpainting.read(args.image, args.mask, module)
+    settings = configs.check_sampling(cfg, args.overrides, "sample" if gap is None else "inpaint")
+    draw = partial(_generate if gap is None else gap.fill, module)
     labels = _labels(module, args.seeds, args.label)
     if args.prompt is not None:
         _check_prompt(module, args.prompt)
@@ -41,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
         "weights": module.active_weights,
         "label": args.label,
         **({} if args.prompt is None else {"prompt": args.prompt}),
+        **({} if args.decoder is None else {"decoder": args.decoder}),
+        **({} if gap is None else {"image": args.image, "mask": args.mask, "gap": gap.digest}),
         "settings": settings,
     }
     out = Path(args.out) if args.out else _default_folder(Path(args.run), request)
@@ -53,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     calls: dict[int, int] = {}  # network evaluations, for methods that count them
     for first in range(0, len(todo), args.batch):
         seeds = todo[first : first + args.batch]
-        _write(module, out, seeds, labels, args.prompt, settings)
+        _write(module, draw, out, seeds, labels, args.prompt, settings)
         if getattr(module, "evaluations", None) is not None:
             calls |= dict(zip(seeds, module.evaluations.tolist(), strict=True))
             _note_calls(out, calls)
@@ -66,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if args.grid and _file(out, args.seeds[0]).suffix == TEXT:
         print(f"all of them: {_list(out, args.seeds)}")
     elif args.grid:
-        print(f"grid: {_grid(out, cfg, args.seeds, labels, module.active_weights, settings)}")
+        print(f"grid: {_grid(out, module, cfg.experiment, args.seeds, settings)}")
     return 0
 
 
@@ -96,6 +102,7 @@ def _check_prompt(module: Any, prompt: str) -> None:
 
 def _write(
     module: Any,
+    draw: Callable[..., Any],
     out: Path,
     seeds: list[int],
     labels: dict[int, int] | None,
@@ -109,8 +116,8 @@ def _write(
 
     condition = module.condition([labels[seed] for seed in seeds]) if labels is not None else None
     if prompt is not None:
-        condition = prompted(module, condition, prompt, len(seeds))
-    drawn = module.generate(seeds, condition, **settings)
+        condition = prompted(module, condition, prompt, len(seeds), settings)
+    drawn = draw(seeds, condition, settings)
     for seed, sample in zip(seeds, drawn.cpu().numpy() if isinstance(drawn, torch.Tensor) else drawn, strict=True):
         file = out / f"{_stem(seed)}{TEXT if isinstance(sample, str) else PICTURE}"
         aside = file.with_suffix(f".{os.getpid()}.tmp")
@@ -119,6 +126,10 @@ def _write(
         else:
             Image.fromarray(sample[0] if len(sample) == 1 else sample.transpose(1, 2, 0)).save(aside, "PNG")
         os.replace(aside, file)
+
+
+def _generate(module: Any, seeds: Sequence[int], condition: Any, settings: Mapping[str, Any]) -> Any:
+    return module.generate(seeds, condition, **settings)
 
 
 def _note_calls(out: Path, calls: Mapping[int, int]) -> None:
@@ -145,24 +156,17 @@ def _list(out: Path, seeds: Sequence[int]) -> Path:
     return file
 
 
-def _grid(
-    out: Path,
-    cfg: DictConfig,
-    seeds: Sequence[int],
-    labels: dict[int, int] | None,
-    weights: str,
-    settings: dict[str, Any],
-) -> Path:
+def _grid(out: Path, module: Any, experiment: str, seeds: Sequence[int], settings: dict[str, Any]) -> Path:
     import numpy as np
     from PIL import Image
 
     from callbacks import pictures
 
     tiles = [np.atleast_3d(np.asarray(Image.open(_file(out, seed)))) for seed in seeds]
-    white = int(cfg.module.codec.get("white", 255))
+    white = int(getattr(module.codec, "white", 255))
     row = list(range(seeds[0], seeds[0] + len(seeds))) == list(seeds)
     shown = f"{seeds[0]}-{seeds[-1]}" if row else ",".join(map(str, seeds[:8])) + (",..." if len(seeds) > 8 else "")
-    title = f"{cfg.experiment} {weights} seeds {shown}"
+    title = f"{experiment} {module.active_weights} seeds {shown}"
     if "guidance" in settings:
         title += f" guidance {settings['guidance']:g}"
     return pictures.write_grid(out / "grid.png", np.stack(tiles).transpose(0, 3, 1, 2), title=title, white=white)
@@ -183,6 +187,9 @@ def _default_folder(run: Path, request: dict[str, Any]) -> Path:
     label = "" if request["label"] is None else f"_label-{request['label']}"
     if "prompt" in request:
         label += f"_prompt-{hashlib.sha256(request['prompt'].encode()).hexdigest()[:8]}"
+    if "decoder" in request:
+        label += f"_decoder-{Path(request['decoder']).name}"
+    label += f"_gap-{request['gap']}" if "gap" in request else ""
     root = run if run.is_dir() else run.parent
     return (
         root

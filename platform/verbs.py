@@ -195,6 +195,14 @@ def _fit(parser: Parser) -> None:
     _tiny(parser)
 
 
+def _decoder(parser: Parser) -> None:
+    parser.add_argument(
+        "--decoder",
+        metavar="DIR",
+        help="autoencoder whose decoder turns latents into pictures; its encoder must be the run's (default: its own)",
+    )
+
+
 def _sample(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder, weights folder or weights file")
     _words(parser, "settings of the sampler, e.g. guidance=1.5")
@@ -207,6 +215,10 @@ def _sample(parser: Parser) -> None:
     parser.add_argument(
         "--prompt", metavar="TEXT", help="how every text begins, or caption of every picture (default: none)"
     )
+    gap = parser.add_argument_group("filling in a part of a picture, where the method can")
+    gap.add_argument("--image", metavar="FILE", help="the picture, as sample writes them (default: none)")
+    gap.add_argument("--mask", metavar="FILE", help="as large, white where to fill in (default: none)")
+    _decoder(parser)
     _kind(parser)
     parser.add_argument(
         "--out", metavar="DIR", help="folder to write (default: a folder named by the settings in RUN/sampled)"
@@ -222,12 +234,19 @@ def _sample(parser: Parser) -> None:
     )
 
 
+def _sample_finish(parser: Parser, args: argparse.Namespace) -> None:
+    if (args.image is None) != (args.mask is None):
+        parser.error("--image and --mask go together: the picture, and where it is to be filled in.")
+    _only_settings(parser, args)
+
+
 def _evaluate(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder, weights folder or weights file")
     _words(parser, "settings of the sampler, e.g. guidance=1.5")
     parser.add_argument(
         "--n", type=at_least(2), metavar="N", help="number of samples, >= 2 (default: as the experiment's metrics say)"
     )
+    _decoder(parser)
     _kind(parser)
     code = parser.add_argument_group("programs, instead of the metrics")
     code.add_argument("--problems", metavar="FILE", help="HumanEval or MBPP file to measure pass@k on (default: none)")
@@ -291,7 +310,7 @@ def _weights(parser: Parser) -> None:
     parser.add_argument(
         "source",
         metavar="FILE|RUN",
-        help="file to import (.pth, .safetensors or a folder of distributed checkpoints), or run to export",
+        help="file to import (.pth, .ckpt, .safetensors or a folder of distributed checkpoints), or run to export",
     )
     parser.add_argument(
         "--as", dest="experiment", metavar="EXPERIMENT", help="import: the experiment the file belongs to"
@@ -338,7 +357,7 @@ VERBS: dict[str, Verb] = {
         "Draw samples from a run: one picture or text per seed, and all in one file.",
         "sample runs/quickstart --seeds 0-15 --label 3 guidance=1.5",
         _sample,
-        _only_settings,
+        _sample_finish,
     ),
     "evaluate": Verb(
         "Measure a run with the metrics of its experiment.",

@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
 def read_official(file: Path) -> dict[str, "Tensor"]:
     """Tensors of an authors' file or folder, on the CPU; nothing in it but tensors is executed or built.
 
+    Rooms whose authors hand out training checkpoints have a ``read`` of their own.
+
     Raises:
         ValueError: the file is missing, damaged, or holds something else than named tensors.
     """
@@ -98,7 +100,8 @@ def _import(file: Path, experiment: str, out: Path) -> None:
     cfg = configs.compose(experiment, [])
     room = _room(cfg)
     _check_free(out)
-    official = read_official(file)
+    read: Callable[[Path], dict[str, Tensor]] = getattr(room, "read", read_official)  # its own kind of checkpoint
+    official = read(file)
     _check_shape(room, official, cfg, file)
     (name, network), *others = blueprint(cfg).averaged().items()
     assert not others, "a room whose file holds several networks names them in its own translate()"

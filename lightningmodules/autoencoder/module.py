@@ -1,13 +1,14 @@
 """The autoencoder as a room of the house: reconstruction, a prior on latents, and a critic."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from lightningmodules.autoencoder import process
 from lightningmodules.autoencoder.weights import translate
@@ -35,7 +36,8 @@ class Autoencoder(GenerativeModule):
         latent_noise: standard deviation of noise added to latents times ``net.scaling_factor``, >= 0.
         reconstruction: "mse" or "l1", on pictures that span [0, 1].
         kl_weight: weight of the divergence from the standard normal, per latent value, >= 0.
-        perceptual: builds a network that compares pictures, e.g. ``Lpips`` or ``RandomFeatures``; None for none.
+        perceptual: builds a network that compares pictures: ``Lpips``, ``ConvNext``, several as ``Together``, or
+            ``RandomFeatures``; None for none.
         perceptual_weight: its weight, >= 0.
         critic: builds a network that judges patches, ``PatchCritic``; None for none.
         critic_weight: weight of its judgement, >= 0.
@@ -44,8 +46,8 @@ class Autoencoder(GenerativeModule):
         lecam_decay: of the running means of its answers, 0..1.
 
     Source: arXiv 2112.10752 (autoencoder); arXiv 2506.06276, appendix, and apple/ml-starflow (decoder on noisy
-    latents: mean square, perceptual distance, hinge critic with LeCam from the first update).
-    Differs: no ConvNeXt feature distance beside LPIPS.
+    latents: mean square, perceptual distances, hinge critic with LeCam from the first update).
+    Differs: one optimiser serves both networks; pictures reach LPIPS and the critic as [-1, 1], theirs as [0, 1].
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"image"})
@@ -85,7 +87,7 @@ class Autoencoder(GenerativeModule):
                 raise ValueError(f"module.{name}={value}: expected a number >= 0; 0 is off.")
         if not 0 <= lecam_decay <= 1:
             raise ValueError(f"module.lecam_decay={lecam_decay}: expected 0..1. Type e.g. module.lecam_decay=0.999.")
-        self._net, self.trained, self._weights, self.latent_noise = net, trained, weights, latent_noise
+        self._net, self.trained, self.start, self.latent_noise = net, trained, weights, latent_noise
         self.reconstruction, self.kl_weight = reconstruction, kl_weight
         self._perceptual, self.perceptual_weight = perceptual, perceptual_weight
         self._critic, self.critic_weight, self.critic_start = critic, critic_weight, critic_start
@@ -102,8 +104,8 @@ class Autoencoder(GenerativeModule):
         """Create the networks."""
         self.net = self._net()
         first = next(self.net.parameters())
-        if self._weights is not None and not (first.is_meta or isinstance(first, FakeTensor)):  # a plan has no values
-            self.net.load_state_dict(load(self._weights, self._net).state_dict())
+        if self.start is not None and not (first.is_meta or isinstance(first, FakeTensor)):  # a plan has no values
+            self.net.load_state_dict(load(self.start, self._net).state_dict())
         if self.net.in_channels != self.codec.channels or self.codec.size % self.net.factor:
             raise ValueError(
                 f"The autoencoder reads {self.net.in_channels} channels and halves to 1/{self.net.factor}; the codec"
@@ -116,9 +118,19 @@ class Autoencoder(GenerativeModule):
         if self._critic is not None:
             self.critic = self._critic()
 
+    def configure_model(self) -> None:
+        """As every room; then a sharded autoencoder gathers its own weights for both ways."""
+        super().configure_model()
+        for name in ("encode", "decode"):
+            register_fsdp_forward_method(self.net, name)  # does nothing unless the network is sharded
+
     def averaged(self) -> dict[str, nn.Module]:
         """The autoencoder, without critic."""
         return {"net": self.net}
+
+    def shard_units(self) -> list[nn.Module]:
+        """The critic: it is trained on all ranks' pictures, too."""
+        return [] if self.critic is None else [self.critic]
 
     @classmethod
     def translate(cls, official: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -140,19 +152,20 @@ class Autoencoder(GenerativeModule):
         mean, logvar = self._moments(x)
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         noisy = z + self.latent_noise / self.net.scaling_factor * torch.randn_like(z) if self.latent_noise else z
-        again = self.net.decode(noisy)
+        again = self.net.decode(noisy).float()
         mse = F.mse_loss(again, x)
         terms = {"mse": mse, "psnr": process.psnr(mse.detach()), "kl": process.kl(mean, logvar)}
         terms["scale"] = 1.0 / z.detach().std()
         loss = 0.25 * mse if self.reconstruction == "mse" else 0.5 * F.l1_loss(again, x)
         if self.trained == "all":
             loss = loss + self.kl_weight * terms["kl"]
-        if self._perceptual is not None:
-            terms["perceptual"] = self._judge_on(self._perceptual, x.device)(again, x)
-            loss = loss + self.perceptual_weight * terms["perceptual"]
-        if self.critic is not None:
-            judged, extra = self._judged(self.critic, x, again)
-            loss, terms = loss + judged, {**terms, **extra}
+        with torch.autocast(x.device.type, enabled=False):  # the judges are float32, as in the authors' code
+            if self._perceptual is not None:
+                terms["perceptual"] = self._judge_on(self._perceptual, x.device)(again, x)
+                loss = loss + self.perceptual_weight * terms["perceptual"]
+            if self.critic is not None:
+                judged, extra = self._judged(self.critic, x, again)
+                loss, terms = loss + judged, {**terms, **extra}
         return {"loss": loss, **terms}
 
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,17 +176,24 @@ class Autoencoder(GenerativeModule):
 
     def _judged(self, critic: nn.Module, x: Tensor, again: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What the critic adds to the loss of the autoencoder, and its own loss."""
-        with _untrained(critic):
-            verdict = -critic(again).mean()
+        shown = again.detach().requires_grad_(torch.is_grad_enabled())
+        verdict = -critic(shown).mean()
+        moves = verdict.detach()
+        if torch.is_grad_enabled():  # the slope at the picture, and nothing for the critic's own weights
+            (slope,) = torch.autograd.grad(verdict, shown)
+            moves = moves + ((again - shown.detach()) * slope).sum()
         real, fake = critic(x), critic(again.detach())
         own = process.discriminator_loss(real, fake)
         if self.training:
             now = torch.stack([real.detach().mean(), fake.detach().mean()]).float()
+            if dist.is_initialized():  # the same means on every rank
+                dist.all_reduce(now)
+                now /= dist.get_world_size()
             self.answers.lerp_(now, 1.0 - self.lecam_decay)
         keep = process.lecam(real, fake, *self.answers)
         counts = float(self.updates >= self.critic_start)
-        loss = counts * self.critic_weight * verdict + own + self.lecam_weight * keep
-        return loss, {"gan": verdict, "critic": own, "lecam": keep}
+        loss = counts * self.critic_weight * moves + own + self.lecam_weight * keep
+        return loss, {"gan": moves, "critic": own, "lecam": keep}
 
     def _judge_on(self, make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
         """The network that compares pictures, made when it is first needed."""
@@ -185,9 +205,16 @@ class Autoencoder(GenerativeModule):
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Pictures, and what comes back from the means of their latents, (B, C, H, W) in [-1, 1] each."""
+        """Pictures, and what comes back from the means of their latents, (B, C, H, W) in [-1, 1] each.
+
+        A decoder of noisy latents gets them with noise, the same at every call.
+        """
         x = self.codec.encode(batch)
-        return x, self.net.decode(self.net.encode(x)[0]).clamp(-1.0, 1.0)
+        z = self.net.encode(x)[0]
+        if self.latent_noise:
+            noise = SampleNoise(range(len(z)), z.device).normal(*z.shape[1:])
+            z = z + self.latent_noise / self.net.scaling_factor * noise
+        return x, self.net.decode(z).clamp(-1.0, 1.0)
 
     def null_condition(self, n: int) -> Condition:
         """An autoencoder is told nothing."""
@@ -217,13 +244,3 @@ class Autoencoder(GenerativeModule):
         draw = noise or SampleNoise(seeds, self.device)
         z = draw.normal(self.net.latent_channels, side, side).to(self.device) / self.net.scaling_factor
         return self.net.decode(z).float().clamp(-1.0, 1.0)
-
-
-@contextmanager
-def _untrained(module: nn.Module) -> Iterator[None]:
-    """What is computed in here sends no gradient to the parameters of ``module``."""
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)

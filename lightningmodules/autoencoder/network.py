@@ -1,16 +1,21 @@
 """Networks beside the autoencoder: a critic of patches, and fixed networks that compare pictures by their features."""
 
+import json
+import pickle
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 VGG = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)  # widths; 0 halves the picture
-MEAN, SPREAD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS: of pictures that span [-1, 1]
+MEAN, SPREAD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of photographs that span [-1, 1], as LPIPS has them
+SIDE = 224  # pixels a side that networks of ImageNet were trained on
 
 
 class PatchCritic(nn.Module):
@@ -78,8 +83,8 @@ class Lpips(nn.Module):
     """Learned perceptual distance over VGG-16, from files on this machine.
 
     Args:
-        features: safetensors file of a VGG-16, keys ``features.<i>.weight`` and ``.bias`` as in torchvision.
-        heads: safetensors file of LPIPS' linear layers, keys ``lin<k>.model.1.weight``.
+        features: file (.safetensors, .pth) of a VGG-16, keys ``features.<i>.weight`` and ``.bias`` as in torchvision.
+        heads: file of LPIPS' linear layers, keys ``lin<k>.model.1.weight``, as the package lpips has them.
 
     Raises:
         ValueError: a file is missing or holds other keys.
@@ -105,9 +110,8 @@ class Lpips(nn.Module):
             raise ValueError(f"{heads} holds no {error}; expected the linear layers of LPIPS.") from None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distance of pictures (B, 3, H, W) in [-1, 1], averaged, a scalar."""
-        mean, spread = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (MEAN, SPREAD))
-        x, y = (x - mean) / spread, (y - mean) / spread
+        """Distance of pictures (B, 1 or 3, H, W) in [-1, 1], averaged, a scalar."""
+        x, y = _standardised(x), _standardised(y)
         total = x.new_zeros(())
         for (begin, end), head in zip(self.stages, self.heads, strict=True):
             x, y = self.features[begin:end](x), self.features[begin:end](y)
@@ -123,13 +127,91 @@ class Lpips(nn.Module):
             raise ValueError(f"{file} is no VGG-16 of torchvision: {str(error).splitlines()[-1].strip()}") from None
 
 
+class ConvNext(nn.Module):
+    """Mean square distance of what a ConvNeXt says about two pictures, from a folder on this machine.
+
+    Compared are the answers of its classifier, or its pooled features where the folder holds no classifier.
+
+    Args:
+        folder: as ``save_pretrained`` of transformers leaves it, config.json and the weights.
+
+    Raises:
+        ValueError: there is no ConvNeXt in it.
+
+    Source: arXiv 2201.03545; apple/ml-starflow, PerceptualLoss (answers of ConvNeXt-S about pictures of 224 pixels).
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        import transformers
+
+        place = Path(folder).expanduser()
+        try:
+            config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+            classifies = str(config["architectures"][0]).endswith("ForImageClassification")
+            if config["model_type"] not in ("convnext", "convnextv2"):
+                raise ValueError(f"config.json says model_type={config['model_type']!r}")
+            kind = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
+            self.net: nn.Module = kind.from_pretrained(str(place), local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"{folder} holds no ConvNeXt ({str(error).splitlines()[0] if str(error) else type(error).__name__})."
+                " Expected config.json and model.safetensors as transformers saves them, e.g. of"
+                " facebook/convnext-small-224. Without them leave lightningmodules.autoencoder.network.ConvNext out."
+            ) from None
+        self.answers = "logits" if classifies else "pooler_output"
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distance of pictures (B, 1 or 3, H, W) in [-1, 1], averaged, a scalar."""
+        x, y = (
+            getattr(self.net(_standardised(F.interpolate(part, SIDE, mode="bilinear", antialias=True))), self.answers)
+            for part in (x, y)
+        )
+        return F.mse_loss(x, y)
+
+
+class Together(nn.Module):
+    """Several comparisons of pictures, added up.
+
+    Args:
+        judges: build them.
+        weights: of each, >= 0.
+    """
+
+    def __init__(self, judges: Sequence[Callable[[], nn.Module]], weights: Sequence[float]) -> None:
+        super().__init__()
+        if len(judges) != len(weights) or not judges or min(weights) < 0:
+            raise ValueError(
+                f"module.perceptual.judges holds {len(judges)}, module.perceptual.weights={list(weights)}: expected one"
+                " weight >= 0 for each, e.g. [1.0, 0.1]."
+            )
+        self.judges, self.weights = nn.ModuleList(make() for make in judges), list(weights)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Weighted sum of the distances, a scalar."""
+        distances = [weight * judge(x, y) for judge, weight in zip(self.judges, self.weights, strict=True)]
+        return torch.stack(distances).sum()
+
+
+def _standardised(x: Tensor) -> Tensor:
+    """Pictures as networks of ImageNet expect them, (B, 3, H, W)."""
+    mean, spread = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (MEAN, SPREAD))
+    return (x - mean) / spread
+
+
 def _read(file: str) -> dict[str, Tensor]:
-    if not Path(file).is_file():
+    place = Path(file).expanduser()
+    if not place.is_file():
         raise ValueError(
-            f"{file}: no such file. LPIPS needs its networks as safetensors on this machine; without them use"
+            f"{file}: no such file. LPIPS needs its networks on this machine; without them use"
             " lightningmodules.autoencoder.network.RandomFeatures, or module.perceptual=null."
         )
-    return load_file(file)
+    try:
+        if place.suffix == ".safetensors":
+            return load_file(place)
+        return dict(torch.load(place, map_location="cpu", weights_only=True))
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read as named tensors ({type(error).__name__}). Copy it again.") from None
 
 
 def _distance(x: Tensor, y: Tensor, *, summed: bool = True) -> Tensor:

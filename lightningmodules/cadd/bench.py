@@ -60,6 +60,7 @@ def _against_baseline(bench: InTurn, args: argparse.Namespace, on: Cadd, off: Ca
 
 
 def _against_obvious(bench: InTurn, args: argparse.Namespace, off: Cadd) -> int:
+    assert isinstance(off.net, CaddNet)
     plain, length = Straightforward(off.net, off.codec.mask_id), args.length
     x0 = torch.randint(args.vocabulary, (args.batch, length))
     t = (torch.arange(args.batch) + 0.5) / args.batch

@@ -1,7 +1,7 @@
 """CADD and its masked-diffusion baseline as a room of the house: draws noise, calls the formulas, reports terms."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +10,15 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from lightningmodules.base import GenerativeModule
 from lightningmodules.cadd import process
-from lightningmodules.cadd.network import CaddNet, layout
+from lightningmodules.cadd.adapted import Network
+from lightningmodules.cadd.network import layout
 from lightningmodules.cadd.process import Estimator, Path
 from lightningmodules.cadd.sampler import Denoiser, Latent, LatentMotion, canvas, noise_level
 from lightningmodules.cadd.weights import load_start, translate
 from lightningmodules.shared import masking
 from lightningmodules.shared.codecs import Batch, PixelTokens, Tokens
 from lightningmodules.shared.conditioning import Condition
-from lightningmodules.shared.masking import Schedule
+from lightningmodules.shared.masking import Bound, Schedule
 from lightningmodules.shared.noise import Noise, SampleNoise
 from lightningmodules.shared.samplers.masked import Counts, Draw, Grid, Order, Plan, Remask, Wino, reveal, wino
 from lightningmodules.shared.token_transformer import without
@@ -27,27 +28,11 @@ CALLS = ("embed", "latents", "condition", "gated", "trunk", "logits", "cross_ent
 SELF_CONDITIONED = 0.5  # share of training rows that see their own first prediction
 
 
-class Bound(NamedTuple):
-    """A bound on -log p, draw by draw; its mean over draws is the estimate.
-
-    Attributes:
-        t: time of every draw and row, (K, B).
-        cross_entropy: part of the tokens, nats per row, (K, B).
-        continuous: part of the latent, nats per row, (K, B); 0 without one.
-        tokens: tokens counted in every row, (B,).
-    """
-
-    t: Tensor
-    cross_entropy: Tensor
-    continuous: Tensor
-    tokens: Tensor
-
-
 class Cadd(GenerativeModule):
     """Masked diffusion over tokens; with ``latent`` on, a Gaussian companion sharpens as the tokens are revealed.
 
     Args:
-        net: builds the network from the size of the vocabulary, ``CaddNet`` with its other arguments.
+        net: builds the network from the size of the vocabulary: ``CaddNet`` or ``AdaptedNet`` with its other arguments.
         codec: rows of tokens; its vocabulary and mask are the network's.
         optimizer: takes the parameters, returns the optimiser.
         schedule: ``(step, total_steps) -> factor`` of the learning rate.
@@ -78,7 +63,7 @@ class Cadd(GenerativeModule):
     def __init__(
         self,
         *,
-        net: Callable[..., CaddNet],
+        net: Callable[..., Network],
         codec: Tokens | PixelTokens,
         optimizer: Callable[..., torch.optim.Optimizer],
         schedule: Callable[[int, int], float] | None = None,
@@ -308,8 +293,7 @@ class Cadd(GenerativeModule):
         self, batch: Batch, *, seeds: Sequence[int] | None = None, conditional: bool = True, draws: int = 4
     ) -> Tensor:
         """Lower bound on the log-probability of rows, (B,) nats; see :meth:`bound`, whose arguments it takes."""
-        found = self.bound(batch, seeds=seeds, conditional=conditional, draws=draws)
-        return -(found.cross_entropy + found.continuous).mean(dim=0)
+        return self.bound(batch, seeds=seeds, conditional=conditional, draws=draws).log_likelihood()
 
     @torch.no_grad()
     def bound(
@@ -468,6 +452,11 @@ class Cadd(GenerativeModule):
         )
         watch = None if self._film is None else self._film.append
         if order == "wino":
+            if self.net.shifted:
+                raise ValueError(
+                    "sampling.order=wino needs predictions at the tokens' own positions; those of a network adapted"
+                    " from a causal model come from the position before. Set sampling.order=entropy, for example."
+                )
             found = wino(model, tokens, free, noise, Wino(self.alpha, block, draft, verify), draw, watch)
         else:
             plan = Plan(

@@ -1,6 +1,7 @@
 """The network of CADD: the masked-diffusion transformer, and how a latent is added to its input."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightningmodules.cadd.process import unit_rows
@@ -8,7 +9,66 @@ from lightningmodules.shared.codecs import Batch
 from lightningmodules.shared.token_transformer import FREQUENCIES, TokenTransformer, document_mask, sinusoids
 
 
-class CaddNet(TokenTransformer):
+class Fused:
+    """How a latent enters a network of tokens.
+
+    Attributes:
+        latent_gate: learnt factors on the latent's features, (hidden,); None for plain addition.
+        shifted: the prediction of a token comes from the position before it.
+    """
+
+    latent_gate: nn.Parameter | None
+    shifted = False
+
+    @property
+    def table(self) -> Tensor:
+        """Embedding of every token, (rows, hidden)."""
+        raise TypeError(f"{type(self).__name__} must define table.")
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embedded tokens (B, L, hidden)."""
+        return F.embedding(tokens, self.table)
+
+    def latents(self, tokens: Tensor | None, rows: int, radius: float | None) -> Tensor:
+        """Latents of tokens.
+
+        Args:
+            tokens: (N,); None for the first ``rows`` of the vocabulary.
+            rows: see there.
+            radius: norm to which every row is scaled; None takes the embedding as it is.
+
+        Returns:
+            (N, hidden) or (rows, hidden), float32.
+        """
+        found = self.table[:rows] if tokens is None else self.embed(tokens)
+        return found.float().clone() if radius is None else unit_rows(found, radius)
+
+    def fuse(self, embedded: Tensor, at: Tensor, latent: Tensor) -> Tensor:
+        """Add a latent to embedded tokens.
+
+        Args:
+            embedded: (B, L, hidden).
+            at: (N,) masked positions in the flattened (B L).
+            latent: (N, hidden).
+
+        Returns:
+            (B, L, hidden).
+
+        Source: arXiv 2510.01329, fusion by addition.
+        Differs: added at masked positions only. At others the latent would be the token's embedding once more.
+        """
+        latent = latent.to(embedded.dtype)
+        if self.latent_gate is not None:
+            latent = self.gated(latent)
+        return embedded.flatten(0, 1).index_add(0, at, latent).view_as(embedded)
+
+    def gated(self, latent: Tensor) -> Tensor:
+        """Features (N, hidden) times their learnt factors."""
+        assert self.latent_gate is not None
+        return latent * self.latent_gate
+
+
+class CaddNet(Fused, TokenTransformer):
     """``TokenTransformer`` with what a latent may need. Without the two options it is exactly that, key by key.
 
     Args:
@@ -61,55 +121,17 @@ class CaddNet(TokenTransformer):
             nn.init.zeros_(self.time_map.weight)
             nn.init.zeros_(self.time_map.bias)
 
+    @property
+    def table(self) -> Tensor:
+        """Embedding of every token, (vocabulary, hidden)."""
+        return self.vocab_embed.embedding
+
     def condition(self, sigma: Tensor | None, labels: Tensor | None = None) -> Tensor:
         """See ``TokenTransformer.condition``; with ``added_time`` sigma goes through the new path only."""
         if self.time_map is None or sigma is None:
             return super().condition(sigma, labels)
         added: Tensor = self.time_map(sinusoids(sigma).to(self.time_map.weight.dtype))
         return super().condition(None, labels) + added
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Embedded tokens (B, L, hidden)."""
-        embedded: Tensor = self.vocab_embed(tokens)
-        return embedded
-
-    def latents(self, tokens: Tensor | None, rows: int, radius: float | None) -> Tensor:
-        """Latents of tokens.
-
-        Args:
-            tokens: (N,); None for the first ``rows`` of the vocabulary.
-            rows: see there.
-            radius: norm to which every row is scaled; None takes the embedding as it is.
-
-        Returns:
-            (N, hidden) or (rows, hidden), float32.
-        """
-        found = self.vocab_embed.embedding[:rows] if tokens is None else self.embed(tokens)
-        return found.float().clone() if radius is None else unit_rows(found, radius)
-
-    def fuse(self, embedded: Tensor, at: Tensor, latent: Tensor) -> Tensor:
-        """Add a latent to embedded tokens.
-
-        Args:
-            embedded: (B, L, hidden).
-            at: (N,) masked positions in the flattened (B L).
-            latent: (N, hidden).
-
-        Returns:
-            (B, L, hidden).
-
-        Source: arXiv 2510.01329, fusion by addition.
-        Differs: added at masked positions only. At others the latent would be the token's embedding once more.
-        """
-        latent = latent.to(embedded.dtype)
-        if self.latent_gate is not None:
-            latent = self.gated(latent)
-        return embedded.flatten(0, 1).index_add(0, at, latent).view_as(embedded)
-
-    def gated(self, latent: Tensor) -> Tensor:
-        """Features (N, hidden) times their learnt factors."""
-        assert self.latent_gate is not None
-        return latent * self.latent_gate
 
 
 def layout(batch: Batch) -> dict[str, Tensor | None]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightningmodules.cadd import process
-from lightningmodules.cadd.network import CaddNet
+from lightningmodules.cadd.adapted import Network
 from lightningmodules.cadd.process import Estimator, Path
 from lightningmodules.shared.codecs import PixelTokens, Tokens
 from lightningmodules.shared.masking import Schedule
@@ -73,7 +73,7 @@ class Denoiser:
 
     def __init__(
         self,
-        net: CaddNet,
+        net: Network,
         *,
         mask_id: int,
         schedule: Schedule,
@@ -95,7 +95,7 @@ class Denoiser:
         self.particles = self.motion.particles if latent == "on" else 1
         self.cost = self.particles * (1 if guidance in (0.0, 1.0) else 2)
         self.table = table
-        self.device = net.vocab_embed.embedding.device
+        self.device = net.table.device
         if latent == "on":
             self.z = self._normal(shape[1])
         elif latent == "selfcond":

@@ -1,5 +1,6 @@
-"""Between checkpoints of kuleshov-group/mdlm and ours. The names agree but for a prefix."""
+"""Between checkpoints of kuleshov-group/mdlm, or of Qwen2 and Dream, and ours. The names agree but for a prefix."""
 
+import json
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -9,15 +10,17 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightningmodules.shared.statedict import match
 from lightningmodules.shared.token_transformer import TokenTransformer
 
-__all__ = ["flatten", "infer", "match", "to_official", "translate"]
+__all__ = ["flatten", "infer", "match", "read", "to_official", "translate"]
 
 PREFIX = re.compile(r"^(?:module\.|model\.|_orig_mod\.|backbone\.)+")
+EMBEDDING, ADAPTED = "vocab_embed.embedding", "embed_tokens.weight"  # where the rows of tokens are
 BUFFERS = ("rotary_emb.inv_freq",)
+SHARDED = "model.safetensors.index.json"
 NEW = ("latent_gate", "time_map.weight", "time_map.bias")  # what CADD adds to a masked-diffusion network
 
 
@@ -35,11 +38,14 @@ def translate(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     prefixed = any("backbone." in key for key in official)
     kept = {PREFIX.sub("", key): value for key, value in official.items() if not prefixed or "backbone." in key}
-    if "vocab_embed.embedding" not in kept:
+    if ADAPTED in kept:  # files whose output is the embedding leave it out
+        kept.setdefault("lm_head.weight", kept[ADAPTED])
+    elif EMBEDDING not in kept:
         some = ", ".join(sorted(official)[:3])
         raise ValueError(
             f"This is no state dict of a masked-diffusion network ({len(official)} keys: {some}, ...). Expected keys "
-            "of kuleshov-group/mdlm such as vocab_embed.embedding, bare or after 'backbone.'."
+            f"of kuleshov-group/mdlm such as {EMBEDDING}, bare or after 'backbone.', or of Qwen2 such as"
+            f" model.{ADAPTED}."
         )
     return kept
 
@@ -63,7 +69,7 @@ def flatten(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         return state
     names = [name for name in _ordered(state) if name not in BUFFERS]
     shapes = [tuple(state[name].shape) for name in names]
-    if [tuple(value.shape) for value in averages] != shapes:
+    if [tuple(getattr(value, "shape", ())) for value in averages] != shapes:
         raise ValueError(
             f"The checkpoint averages {len(averages)} tensors, its backbone has {len(names)} parameters, and their "
             "shapes do not agree in order. Is it of kuleshov-group/mdlm?"
@@ -84,12 +90,15 @@ def infer(official: Mapping[str, Tensor], *, heads: int | None = None) -> dict[s
         heads: attention heads, which no shape tells if the table of rotary frequencies is missing.
 
     Returns:
-        hidden, blocks, heads, cond_dim, expansion and num_classes.
+        hidden, blocks, heads, cond_dim, expansion and num_classes; of ``AdaptedNet`` hidden, blocks and rows.
 
     Raises:
         ValueError: keys or shapes are not those of such a network.
     """
     state = translate(official)
+    if ADAPTED in state:
+        layers = {key.split(".")[1] for key in state if key.startswith("layers.")}
+        return {"hidden": state[ADAPTED].shape[1], "blocks": len(layers), "rows": len(state[ADAPTED])}
     try:
         hidden = state["vocab_embed.embedding"].shape[1]
         blocks = 1 + max(int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key)))
@@ -113,7 +122,7 @@ def infer(official: Mapping[str, Tensor], *, heads: int | None = None) -> dict[s
     }
 
 
-def continued(state: Mapping[str, Tensor], net: TokenTransformer) -> dict[str, Tensor]:
+def continued(state: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
     """State of a masked-diffusion network completed by what ``net`` has besides, at its initial value.
 
     Raises:
@@ -122,41 +131,86 @@ def continued(state: Mapping[str, Tensor], net: TokenTransformer) -> dict[str, T
     own = net.state_dict()
     extra = {key: own[key] for key in (*NEW, *BUFFERS) if key in own and key not in state}
     full = {**state, **extra}
-    rows, expected = len(full["vocab_embed.embedding"]), len(own["vocab_embed.embedding"])
+    key = EMBEDDING if EMBEDDING in own else ADAPTED
+    rows, expected = len(full.get(key, own[key])), len(own[key])
     if rows != expected:
         raise ValueError(
             f"The weights know {rows} tokens, mask included; the tokenizer of this run makes {expected}. Set "
-            "data.tokenizer to the one the weights were trained with."
+            f"data.tokenizer to the one the weights were trained with{', and module.net.rows' * (key == ADAPTED)}."
         )
     match(full, own)
     return full
 
 
-def load_start(net: TokenTransformer, path: str) -> None:
+def load_start(net: nn.Module, path: str) -> None:
     """Fill a network with weights to start from.
 
     Args:
         net: whose parameters are overwritten; what the file lacks of CADD's additions stays as it is.
-        path: a training checkpoint or bare state dict of kuleshov-group/mdlm (.ckpt, .pth, .bin, .safetensors), or
-            exported weights (a folder, or its weights.safetensors).
+        path: what :func:`read` takes.
 
     Raises:
         ValueError: the file is missing or damaged, or belongs to another vocabulary or network.
     """
-    file = Path(path)
-    file = file / "weights.safetensors" if file.is_dir() else file
-    if not file.is_file():
+    if not Path(path).exists():
         raise ValueError(f"module.start={path}: no such file. Type the path of a checkpoint, or module.start=null.")
     try:
-        found: Any = load_file(file) if file.suffix == ".safetensors" else read_checkpoint(file)
-    except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"module.start={path} cannot be read as weights: {reason}") from error
-    state = flatten(found) if "state_dict" in found else translate(_without(found, "net."))
-    try:
-        net.load_state_dict(continued(state, net))
+        net.load_state_dict(continued(read(Path(path)), net))
     except ValueError as error:
         raise ValueError(f"module.start={path}: {error}") from None
+
+
+def read(file: Path) -> dict[str, Tensor]:
+    """Weights of a masked-diffusion network under our keys, the averages where the file has them.
+
+    Args:
+        file: a training checkpoint or bare state dict of kuleshov-group/mdlm (.ckpt, .pth, .bin, .safetensors), or
+            exported weights (a folder, or its weights.safetensors); or a folder with weights of Qwen2 or Dream, as
+            ``save_pretrained`` leaves it.
+
+    Raises:
+        ValueError: the file is missing or damaged, or holds something else.
+    """
+    if (file / SHARDED).is_file() or (file / SHARDED.removesuffix(".index.json")).is_file():
+        return translate(_shards(file))
+    file = file / "weights.safetensors" if file.is_dir() else file
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file. Type the path of a .ckpt, .pth, .bin or .safetensors file.")
+    try:
+        found: Any = load_file(file) if file.suffix == ".safetensors" else read_checkpoint(file)
+    except Exception as error:  # a damaged pickle raises whatever it stumbles over
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        size = file.stat().st_size
+        raise ValueError(
+            f"{file} ({size:,} bytes) cannot be read as weights: {reason}. Is the copy complete?"
+        ) from error
+    state = found.get("state_dict", found) if isinstance(found, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        inside = ", ".join(sorted(map(str, found))[:5]) if isinstance(found, dict) else type(found).__name__
+        raise ValueError(
+            f"{file} holds {inside or 'nothing'}; expected a training checkpoint of kuleshov-group/mdlm (state_dict and"
+            " ema) or its bare state dict of named tensors."
+        )
+    return flatten(found) if "state_dict" in found else translate(_without(found, "net."))
+
+
+def _shards(folder: Path) -> dict[str, Tensor]:
+    """Tensors of a folder's safetensors files, in one or several parts."""
+    names = [SHARDED.removesuffix(".index.json")]
+    if (folder / SHARDED).is_file():
+        names = sorted(set(json.loads((folder / SHARDED).read_text())["weight_map"].values()))
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise ValueError(
+            f"{folder}: {absent[0]} is missing, one of {len(names)} parts. Copy the folder again, complete."
+        )
+    state: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            state |= load_file(folder / name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder / name} cannot be read as weights: {error}. Is the copy complete?") from error
+    return state
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
@@ -169,6 +223,10 @@ class _Placeholder:
 
     def __new__(cls, *_: Any, **__: Any) -> "_Placeholder":
         return super().__new__(cls)
+
+    def __call__(self, *_: Any, **__: Any) -> "_Placeholder":
+        """Stand for what it would have made as well."""
+        return self
 
     def __setstate__(self, _: Any) -> None:
         """Forget."""
@@ -223,5 +281,5 @@ def _without(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _ordered(state: Mapping[str, Tensor]) -> list[str]:
     """Names in the order of the backbone's parameters, whatever order the file has."""
     with torch.device("meta"):
-        net = TokenTransformer(len(state["vocab_embed.embedding"]), **infer(state))
+        net = TokenTransformer(len(state["vocab_embed.embedding"]), **infer(state, heads=1))  # heads change no name
     return [name for name, _ in net.named_parameters()]

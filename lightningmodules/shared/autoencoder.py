@@ -5,6 +5,7 @@ Parameter names are those of AutoencoderKL in Hugging Face diffusers, so its wei
 
 import hashlib
 import json
+import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,13 @@ from torch import Tensor, nn
 from lightningmodules.shared.statedict import match
 
 CONFIG = "config.json"
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "weights.safetensors", "model.safetensors")
+WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "weights.safetensors",
+    "model.safetensors",
+    "diffusion_pytorch_model.bin",
+)
+PICKLED = (".bin", ".pth", ".pt")  # read as tensors and nothing else
 TILE = 64  # latent pixels a side that are decoded at once, where tiling is on
 OVERLAP = 16  # latent pixels over which neighbouring tiles are blended
 TILED_FROM = 128  # latent pixels a side from which decoding is tiled: 1,024 pixels at a factor of 8
@@ -44,6 +51,12 @@ SETTINGS = (  # of config.json that shape the network
     "scaling_factor",
     "shift_factor",
 )
+PARTS = {  # of apple/ml-starflow's decoder for noisy latents, to ours
+    "encoder.0.": "encoder.",
+    "encoder.1.": "quant_conv.",
+    "decoder.0.": "post_quant_conv.",
+    "decoder.1.": "decoder.",
+}
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -236,7 +249,7 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
         given = locals()
-        self.config = {name: widths if name == "block_out_channels" else given[name] for name in SETTINGS}
+        self.config: dict[str, Any] = {name: given[name] for name in SETTINGS} | {"block_out_channels": widths}
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Distribution of the latents of pictures.
@@ -337,7 +350,8 @@ def translate(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Bring older names of diffusers, and convolutions that stand for linear layers, up to date.
 
     Args:
-        official: state dict of an AutoencoderKL; keys may carry the prefix ``net.`` of this project's weights.
+        official: state dict of an AutoencoderKL; keys may carry the prefix ``net.`` of this project's weights, or be
+            those of apple/ml-starflow's decoder for noisy latents.
 
     Returns:
         State dict of ``AutoencoderKL``.
@@ -345,6 +359,7 @@ def translate(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = {}
     for key, value in official.items():
         key = key.removeprefix("net.")
+        key = PARTS[key[:10]] + key[10:] if key[:10] in PARTS else key
         found = re.fullmatch(r"(.*attentions\.0\.)(query|key|value|proj_attn)(\.\w+)", key)
         if found:
             key = f"{found[1]}{OLD_NAMES[found[2]]}{found[3]}"
@@ -359,7 +374,7 @@ def load(folder: str | Path, make: Callable[[], AutoencoderKL] | None = None) ->
 
     Args:
         folder: holds ``config.json`` and a safetensors file, as diffusers saves them, or ``weights.safetensors`` of
-            this project; or the path of such a file.
+            this project; or the path of such a file, or of a bare state dict (.bin, .pth).
         make: builds the network; None reads its shape from ``config.json``.
 
     Returns:
@@ -377,10 +392,13 @@ def load(folder: str | Path, make: Callable[[], AutoencoderKL] | None = None) ->
         )
     net = make() if make is not None else AutoencoderKL(**_read_config(file.parent / CONFIG))
     try:
-        state = translate(load_file(file))
-    except (SafetensorError, OSError) as error:
+        tensors = torch.load(file, map_location="cpu", weights_only=True) if file.suffix in PICKLED else load_file(file)
+        state = translate(tensors)
+    except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
         size = file.stat().st_size
-        raise ValueError(f"{file} cannot be read ({error}; {size:,} bytes). Is the copy complete?") from error
+        raise ValueError(
+            f"{file} cannot be read ({str(error).splitlines()[0]}; {size:,} bytes). Is the copy complete?"
+        ) from error
     try:
         match(state, net.state_dict())
     except ValueError as error:

@@ -1,12 +1,13 @@
 """Between data space (uint8 pictures, text) and model space (the tensor a network sees). Never trained, never saved."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from lightningmodules.shared.autoencoder import LOGVAR, AutoencoderKL, load
+from lightningmodules.shared.autoencoder import FAMILIES, LOGVAR, AutoencoderKL, load
 
 Batch = Mapping[str, Any]
 
@@ -254,28 +255,37 @@ class Latents:
     Args:
         size: height and width of a latent.
         channels: channels of a latent.
-        scale: factor that brings latents near unit variance, > 0.
-        shift: subtracted before.
+        scale: factor that brings latents near unit variance, > 0; None takes the family's.
+        shift: subtracted before; None takes the family's.
         autoencoder: builds the network; None reads its shape from ``config.json`` beside the weights.
         weights: folder or file on this machine, see ``autoencoder.load``; None leaves it as ``autoencoder`` built it,
             from seed 0, which is of use in tests only.
         pixels: between the pictures' uint8 and [-1, 1]; None for photographs with 256 levels.
         rows: pictures encoded or decoded at a time, which bounds memory.
         any_shape: take latents of other heights and widths as well (batches of one aspect ratio each).
+        family: "sd", "sdxl", "sd3" or "flux", whose scale and shift hold where none are given.
+        decoder: folder or file of an autoencoder with the same encoder, whose decoder draws the pictures, e.g. one that
+            was fine-tuned on noisy latents; None for the autoencoder's own.
     """
 
     def __init__(
         self,
         size: int,
         channels: int = 4,
-        scale: float = 0.18215,
-        shift: float = 0.0,
+        scale: float | None = None,
+        shift: float | None = None,
         autoencoder: Callable[[], AutoencoderKL] | None = None,
         weights: str | None = None,
         pixels: Pixels | None = None,
         rows: int = 16,
         any_shape: bool = False,
+        family: Literal["sd", "sdxl", "sd3", "flux"] = "sd",
+        decoder: str | None = None,
     ) -> None:
+        if family not in FAMILIES:
+            raise ValueError(f"module.codec.family={family!r}: expected one of {', '.join(FAMILIES)}.")
+        usual = FAMILIES[family]
+        scale, shift = usual[0] if scale is None else scale, usual[1] if shift is None else shift
         if size < 1 or channels < 1 or rows < 1 or not scale > 0:
             raise ValueError(
                 f"module.codec.size={size}, channels={channels}, rows={rows} and scale={scale}: expected values > 0."
@@ -283,6 +293,7 @@ class Latents:
             )
         self.size, self.channels, self.scale, self.shift, self.rows = size, channels, scale, shift, rows
         self._make, self.weights, self._pixels, self.any_shape = autoencoder, weights, pixels, any_shape
+        self.decoder, self._stored_by = decoder, ""
         self._net: AutoencoderKL | None = None
         self._device = torch.device("cpu")
 
@@ -305,8 +316,65 @@ class Latents:
                     f"The autoencoder makes latents of {net.latent_channels} channels, module.codec.channels is"
                     f" {self.channels}. Set it, and module.net.in_channels, to {net.latent_channels}."
                 )
+            if self._stored_by and net.fingerprint() != self._stored_by:
+                raise ValueError(
+                    f"The stored latents come from the encoder {self._stored_by}, module.codec.weights={self.weights}"
+                    f" is {net.fingerprint()}. Set module.codec.weights to the autoencoder that made them, or make them"
+                    " anew: python -m platform prepare latents"
+                )
             self._net = net
+            if self.decoder is not None:
+                self.use_decoder(self.decoder)
         return self._net
+
+    def use_decoder(self, folder: str) -> None:
+        """Draw pictures with another decoder from now on.
+
+        Args:
+            folder: of an autoencoder with the same encoder, see ``autoencoder.load``.
+
+        Raises:
+            ValueError: there is none, or its encoder is another one.
+        """
+        net = self.autoencoder
+        other = load(folder, lambda: AutoencoderKL(**net.config))
+        if other.fingerprint() != net.fingerprint():
+            raise ValueError(
+                f"The decoder {folder} belongs to the encoder {other.fingerprint()}, the latents to"
+                f" {net.fingerprint()}. Take a decoder that was fine-tuned with this encoder (vae_sd_decoder)."
+            )
+        other.to(self._device)
+        net.decoder, net.post_quant_conv = other.decoder, other.post_quant_conv
+
+    def check(self, card: Mapping[str, Any]) -> None:
+        """Insist that stored latents are those that this codec normalises and decodes.
+
+        Args:
+            card: what ``prepare latents`` wrote about them: "shape", "encoder", "scale" and "shift".
+
+        Raises:
+            ValueError: they are not. The encoder is compared where its weights are on this machine, else as soon as
+                they are needed.
+        """
+        channels, *size = card["shape"]
+        if channels != 2 * self.channels or not (self.any_shape or size == [self.size, self.size]):
+            raise ValueError(
+                f"The stored latents have {channels // 2} channels and {'x'.join(map(str, size))} pixels, module.codec"
+                f" has channels={self.channels} and size={self.size}. Type module.codec.channels={channels // 2}"
+                f" module.codec.size={size[0]}, and module.net.in_channels and img_size alike."
+            )
+        own = {"scale": self.scale, "shift": self.shift}
+        stored = {name: float(card[name]) for name in own if card.get(name) is not None}
+        if any(abs(value - own[name]) > 1e-4 * abs(value) + 1e-7 for name, value in stored.items()):
+            raise ValueError(
+                f"The stored latents are to be used with {_listed(stored, ' and ')}, as their card says; module.codec"
+                f" has {_listed(own, ' and ')}. Type {_listed(stored, ' ', 'module.codec.')}, or take other latents."
+            )
+        self._stored_by = str(card["encoder"])
+        here = self.weights is None or Path(self.weights).expanduser().exists()
+        if here and (self.weights or self._make):
+            self._net = None
+            self.autoencoder  # noqa: B018 - compares
 
     def _build(self) -> AutoencoderKL:
         if self.weights is not None:
@@ -409,3 +477,7 @@ class Latents:
             self.autoencoder.to(device)
             self._device = device
         return self.autoencoder
+
+
+def _listed(numbers: Mapping[str, float], between: str, prefix: str = "") -> str:
+    return between.join(f"{prefix}{name}={value:g}" for name, value in numbers.items())

@@ -5,6 +5,7 @@ probability that a token is masked at time t; signal schedules of a Gaussian com
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -216,6 +217,42 @@ class Geometric(Exponential):
         """log(-log(1 - lost) / low) / log(high / low)."""
         ratio = torch.log(-torch.log1p(-lost) / self.low)
         return (ratio / math.log(self.high / self.low)).clamp(0.0, 1.0)
+
+
+class Bound(NamedTuple):
+    """A bound on -log p of rows, draw by draw; its mean over draws is the estimate.
+
+    Attributes:
+        t: time of every draw and row, (K, B).
+        cross_entropy: part of the tokens, nats per row, (K, B) float64.
+        continuous: part of a latent beside the tokens, nats per row, (K, B) float64; 0 without one.
+        tokens: tokens counted in every row, (B,).
+    """
+
+    t: Tensor
+    cross_entropy: Tensor
+    continuous: Tensor
+    tokens: Tensor
+
+    def log_likelihood(self) -> Tensor:
+        """The lower bound on the log-probability of every row, (B,) nats."""
+        return -(self.cross_entropy + self.continuous).mean(dim=0)
+
+    def over_time(self, bins: int, rows: Tensor) -> Tensor:
+        """What each equal part of the time from 0 to 1 adds to both parts of the bound, summed over some of the rows.
+
+        Args:
+            bins: parts of the time.
+            rows: (B,) bool, rows that count.
+
+        Returns:
+            (2, bins) float64 nats, cross-entropy and latent; together minus the sum of ``log_likelihood`` over the
+            rows.
+        """
+        parts = torch.stack([self.cross_entropy, self.continuous])[:, :, rows].flatten(1)
+        place = (self.t[:, rows].flatten() * bins).long().clamp(0, bins - 1)
+        sums = torch.zeros(2, bins, dtype=torch.float64, device=parts.device)
+        return sums.index_add(1, place, parts) / len(self.t)
 
 
 def stratified(uniform: Tensor, index: Tensor, count: int) -> Tensor:

@@ -4,7 +4,7 @@ Parameter names are those of kuleshov-group/mdlm, so its checkpoints load withou
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -280,16 +280,9 @@ class TokenTransformer(nn.Module):
         Returns:
             (N,) nats.
         """
-
-        def piece(rows: Tensor, wanted: Tensor) -> Tensor:
-            logits = without(self.logits(hidden, condition, rows).float(), mask_id)
-            return F.cross_entropy(logits, wanted, reduction="none")
-
-        part = max(1, LOGITS // self.vocabulary)
-        if len(at) <= part:
-            return piece(at, targets)
-        pieces = zip(at.split(part), targets.split(part), strict=True)
-        return torch.cat([checkpoint(piece, *pair, use_reentrant=False) for pair in pieces])
+        return cross_entropy(
+            lambda rows: self.logits(hidden, condition, rows), at, targets, mask_id, LOGITS // self.vocabulary
+        )
 
     def flops(self, length: int | None = None) -> float:
         """Operations of one forward pass of one sequence: 2 per weight and token, and the attention products."""
@@ -304,6 +297,29 @@ class TokenTransformer(nn.Module):
     def layers(self) -> Sequence[Block]:
         """The blocks."""
         return cast(Sequence[Block], list(self.blocks))
+
+
+def cross_entropy(logits: Callable[[Tensor], Tensor], at: Tensor, targets: Tensor, mask_id: int, part: int) -> Tensor:
+    """See :meth:`TokenTransformer.cross_entropy`.
+
+    Args:
+        logits: of positions (N,), (N, V).
+        at: (N,) positions.
+        targets: (N,) clean tokens.
+        mask_id: token that is never predicted.
+        part: most positions whose logits are held at a time.
+
+    Returns:
+        (N,) nats.
+    """
+
+    def piece(rows: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(without(logits(rows).float(), mask_id), wanted, reduction="none")
+
+    if len(at) <= max(1, part):
+        return piece(at, targets)
+    pieces = zip(at.split(max(1, part)), targets.split(max(1, part)), strict=True)
+    return torch.cat([checkpoint(piece, *pair, use_reentrant=False) for pair in pieces])
 
 
 def sinusoids(sigma: Tensor) -> Tensor:

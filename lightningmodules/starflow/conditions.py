@@ -1,10 +1,12 @@
 """What a STARFlow is told: a class as a one-hot token, a caption as text features, or nothing."""
 
-from collections.abc import Callable, Sequence
+import base64
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightningmodules.shared.codecs import Batch
 from lightningmodules.shared.conditioning import Condition
@@ -60,7 +62,7 @@ class Classes:
         return F.one_hot(known, self.num_classes + 1).float().unsqueeze(1)
 
 
-class Captions:
+class Captions(nn.Module):
     """A caption is a sequence of text features; padding is zeros, and is not masked.
 
     Features come with the data, or from a frozen encoder. A data set that has classes but no captions can give every
@@ -84,12 +86,30 @@ class Captions:
         class_names: Sequence[str] = (),
         null_caption: str = "",
     ) -> None:
+        super().__init__()
         if class_names and encoder is None:
             raise ValueError("module.class_names needs a module.text_encoder that turns them into features.")
         self.length, self.width, self._make, self.class_names = length, width, encoder, list(class_names)
         self._encoder: TextEncoder | None = None
         self.num_classes, self.null_caption = len(self.class_names), null_caption
         self._known: dict[str, Tensor] = {}  # features of the class names and of "nothing", (1, length, width) each
+        self._kept = False  # whether ``nothing`` says anything
+        # features of the empty caption may come with the data; they are saved with the run
+        from_data = not class_names and not null_caption
+        self.register_buffer("nothing", torch.zeros(length, width) if from_data else None)
+        if from_data:
+            self.register_load_state_dict_post_hook(Captions._look)
+
+    nothing: Tensor | None
+
+    def keep(self, features: Tensor) -> None:
+        """Let features, (rows, width), stand for the empty caption; where another one means "nothing" they do not."""
+        if self.nothing is not None:
+            self.nothing.copy_(self._padded(features.unsqueeze(0).to(self.nothing), None)[0])
+            self._look()
+
+    def _look(self, _: Any = None) -> None:
+        self._kept = self.nothing is not None and bool(self.nothing.any())
 
     def of_batch(self, batch: Batch) -> Tensor:
         """Features of a batch, (B, length, width)."""
@@ -131,7 +151,9 @@ class Captions:
         return self._padded(*self._encoder.encode(captions, device))
 
     def null(self, rows: int, device: torch.device, ratio: str = "1:1") -> Tensor:
-        """Features of the null caption; zeros where no encoder is at hand."""
+        """Features of the null caption: those of the data, else the encoder's, else zeros."""
+        if self.nothing is not None and (self._make is None or self._kept):
+            return self.nothing.to(device).expand(rows, -1, -1)
         if self._make is None:
             return torch.zeros(rows, self.length, self.width, device=device)
         return self._features(self.null_caption.replace("{ratio}", ratio), device).expand(rows, -1, -1)
@@ -176,3 +198,22 @@ class Captions:
 def _device_of(batch: Batch) -> torch.device:
     tensors = (value for value in batch.values() if isinstance(value, Tensor))
     return next((value.device for value in tensors), torch.device("cpu"))
+
+
+def empty_caption(described: Callable[[str], Mapping[str, Any]], member: str) -> Tensor | None:
+    """Features of the empty caption that ``prepare text-features`` left with stored features.
+
+    Args:
+        described: gives an entry of the data's card by its name.
+        member: which features the data is read with.
+
+    Returns:
+        (rows, width) float32; None where the card has none.
+    """
+    stored, card = described("empty_caption").get(member), described(member)
+    if stored is None:
+        return None
+    raw = bytearray(base64.b64decode(stored))
+    kind = torch.bfloat16 if card["dtype"] == "bfloat16" else torch.float16
+    values = torch.frombuffer(raw, dtype=kind) if raw else torch.zeros(0)
+    return values.view(-1, card["shape"][1]).float()

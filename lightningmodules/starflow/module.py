@@ -4,10 +4,12 @@ import math
 import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lightningmodules.base import GenerativeModule
 from lightningmodules.shared import flow
@@ -16,10 +18,10 @@ from lightningmodules.shared.conditioning import Condition
 from lightningmodules.shared.noise import Noise, SampleNoise
 from lightningmodules.shared.text_encoders import TextEncoder
 from lightningmodules.starflow import process
-from lightningmodules.starflow.conditions import Captions, Classes
+from lightningmodules.starflow.conditions import Captions, Classes, empty_caption
 from lightningmodules.starflow.network import FlowOutput, StarFlowNet
-from lightningmodules.starflow.sampler import Guidance, Windows, inpaint, invert
-from lightningmodules.starflow.weights import translate
+from lightningmodules.starflow.sampler import Plan, inpaint, invert, plan
+from lightningmodules.starflow.weights import fill, read_start, translate
 
 
 class StarFlow(GenerativeModule):
@@ -40,6 +42,7 @@ class StarFlow(GenerativeModule):
         text_encoder: builds what turns captions into features; None if features come with the data.
         class_names: caption of every class, for data that has classes and no captions.
         null_caption: the caption that means "nothing"; ``{ratio}`` in it becomes the picture's aspect ratio.
+        start: weights to begin with, e.g. of a lower resolution, see ``weights.read_start``; None for random ones.
 
     Source: arXiv 2506.06276; apple/ml-starflow.
     """
@@ -62,6 +65,7 @@ class StarFlow(GenerativeModule):
         text_encoder: Callable[[], TextEncoder] | None = None,
         class_names: Sequence[str] = (),
         null_caption: str = "",
+        start: str | None = None,
     ) -> None:
         super().__init__(codec=codec, optimizer=optimizer, schedule=schedule, ema_decays=ema_decays)
         _check(noise_std, noise_type, condition, label_drop, latent_norm)
@@ -71,6 +75,8 @@ class StarFlow(GenerativeModule):
         self._net, self.noise_std, self.noise_type = net, noise_std, noise_type
         self._condition, self.label_drop, self.latent_norm = condition, label_drop, latent_norm
         self._encoder, self._names, self._nothing = text_encoder, class_names, null_caption
+        self.start = start
+        self._nothing_of_data: Tensor | None = None
         self.told: Classes | Captions | None = None
         self.needs = frozenset({"image"} if isinstance(codec, Pixels) else ())  # type: ignore[misc]
         sizes = getattr(net, "keywords", {})
@@ -82,8 +88,23 @@ class StarFlow(GenerativeModule):
 
     # ---- networks -------------------------------------------------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        """Compare the codec with the card of stored latents, and look up what the data stores for the empty caption."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        source = data.source_of("train") if hasattr(data, "source_of") else None
+        if isinstance(self.codec, Latents) and source is not None:
+            card = source.described(getattr(data, "latents", None) or "lat")
+            if card:
+                self.codec.check(card)
+        if source is not None and getattr(data, "features", None):
+            self._nothing_of_data = empty_caption(source.described, data.features)
+            self._keep_nothing()
+
     def build(self) -> None:
-        """Create the network."""
+        """Create the network, and fill it with the weights to start from."""
+        trial = torch.empty(0)
+        planned = trial.is_meta or isinstance(trial, FakeTensor)  # shapes without values
+        state = None if self.start is None or planned else read_start(self.start)
         self.net = self._net()
         made = (self.net.in_channels, self.net.img_size, self.net.img_size)
         if made != tuple(self.codec.shape):
@@ -101,7 +122,14 @@ class StarFlow(GenerativeModule):
             self.told = Classes(told - 1)
         elif self._condition == "text":
             self.told = Captions(self.net.txt_size, told, self._encoder, self._names, self._nothing)
+            self._keep_nothing()
+        if state is not None:
+            fill(self.net, state, str(self.start))
         self.num_classes = self.told.num_classes if self.told is not None else 0
+
+    def _keep_nothing(self) -> None:
+        if isinstance(self.told, Captions) and self._nothing_of_data is not None:
+            self.told.keep(self._nothing_of_data)
 
     def averaged(self) -> dict[str, nn.Module]:
         """The network."""
@@ -131,7 +159,7 @@ class StarFlow(GenerativeModule):
             ``sigma_max_block<k>``, the range of scales in every block.
         """
         x = self._noisy(batch)
-        y = None if self.told is None else self.told.of_batch(batch)
+        y = self._told(batch, True)
         if y is not None and self.told is not None and self.training and self.label_drop:
             dropped = torch.rand(len(y), device=y.device) < self.label_drop
             ratio = process.nearest_ratio(*x.shape[-2:])
@@ -167,21 +195,7 @@ class StarFlow(GenerativeModule):
     def explain(self, batch: Batch) -> str | None:
         """Where a batch first leaves the finite numbers, for messages: block and token; None if it does not."""
         with torch.no_grad():
-            x = self._noisy(batch)
-            z, size = self.net.patchify(x), self.net.grid(x)
-            y = None if self.told is None else self.told.of_batch(batch)
-            for k, block in enumerate(self.net.steps):
-                z, scale = block(z, y, size)
-                bad = ~(block.order(z).isfinite() & scale.isfinite())
-                if bad.any():
-                    row, token, _ = bad.nonzero()[0].tolist()
-                    low, high = torch.aminmax(torch.exp(-scale[row].nan_to_num()))
-                    return (
-                        f"flow block {k} of {len(self.net.steps)} (0 is next to the data), token {token} of"
-                        f" {z.shape[1]} in its order, sample {row} of the batch; sigma {float(low):.3g}.."
-                        f"{float(high):.3g} in that block"
-                    )
-        return None
+            return self.net.overflow(self._noisy(batch), self._told(batch, True))
 
     # ---- likelihood -----------------------------------------------------------------------------------------------
 
@@ -267,8 +281,8 @@ class StarFlow(GenerativeModule):
     def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Noisy data, and what comes back from the flow, (B, *codec.shape) each; they differ by rounding only."""
         x = self._noisy(batch)
-        y = None if self.told is None else self.told.of_batch(batch)
-        return x, self.net.unpatchify(invert(self.net, self.net(x, y).z, y)[-1])
+        y, size = self._told(batch, True), self.net.grid(x)
+        return x, self.net.unpatchify(invert(self.net, self.net(x, y).z, y, size=size)[-1], size)
 
     # ---- sampling -------------------------------------------------------------------------------------------------
 
@@ -316,18 +330,22 @@ class StarFlow(GenerativeModule):
         Returns:
             (n, *codec.shape) float32, of another height and width if ``aspect`` says so; pixels are clipped to [-1, 1].
         """
-        how = Guidance(guidance, guidance_rule, guide_blocks)
-        windows = Windows(jacobi_window, jacobi_tolerance, jacobi_blocks)
-        size = self._size(aspect)
-        y = self._request(len(seeds), condition, denoise, attention_temperature, how, aspect)
+        how = plan(
+            guidance,
+            guidance_rule,
+            guide_blocks,
+            attention_temperature,
+            denoise,
+            jacobi_window,
+            jacobi_tolerance,
+            jacobi_blocks,
+            aspect,
+        )
+        y = self._request(len(seeds), condition, how)
 
         def draw(fresh: Sequence[int], rows: list[int] | None, source: Noise | None = None) -> Tensor:
-            z = self._prior(source or SampleNoise(fresh, self.device), size)
             told = y if rows is None or y is None else y[rows]
-            null = self._null(told, how, aspect)
-            path = invert(self.net, z, told, null, how, size=size, temperature=attention_temperature, windows=windows)
-            x = self.net.unpatchify(path[-1], size)
-            return self._denoised(x, told, denoise) if denoise * self._sigma else x
+            return self._path(source or SampleNoise(fresh, self.device), told, how)[-1]
 
         x = draw(seeds, None, noise)
         if noise is None:
@@ -336,35 +354,23 @@ class StarFlow(GenerativeModule):
         return x.clamp(-1.0, 1.0) if isinstance(self.codec, Pixels) else x
 
     def trajectory(
-        self,
-        seeds: Sequence[int],
-        condition: Condition | None = None,
-        *,
-        guidance: float = 1.0,
-        noise: Noise | None = None,
-        guidance_rule: str = "precision",
-        guide_blocks: str = "all",
-        attention_temperature: float = 1.0,
-        denoise: float = 1.0,
-        jacobi_window: int = 0,
-        jacobi_tolerance: float = 1e-4,
-        jacobi_blocks: str = "shallow",
-        aspect: str = "1:1",
+        self, seeds: Sequence[int], condition: Condition | None = None, *, noise: Noise | None = None, **settings: Any
     ) -> list[Tensor]:
         """The path of ``sample``, same arguments: prior noise, the output of every inverted block, the denoised end.
 
         Returns:
             ``num_blocks`` + 2 tensors, (n, *codec.shape) each, not clipped; one fewer when nothing is denoised.
         """
-        how = Guidance(guidance, guidance_rule, guide_blocks)
-        windows = Windows(jacobi_window, jacobi_tolerance, jacobi_blocks)
-        size = self._size(aspect)
-        y = self._request(len(seeds), condition, denoise, attention_temperature, how, aspect)
-        z = self._prior(noise or SampleNoise(seeds, self.device), size)
-        null = self._null(y, how, aspect)
-        path = invert(self.net, z, y, null, how, size=size, temperature=attention_temperature, windows=windows)
+        how = plan(**settings)
+        y = self._request(len(seeds), condition, how)
+        return self._path(noise or SampleNoise(seeds, self.device), y, how)
+
+    def _path(self, noise: Noise, y: Tensor | None, how: Plan) -> list[Tensor]:
+        size = self._size(how.aspect)
+        z, null = self._prior(noise, size), self._null(y, how)
+        path = invert(self.net, z, y, null, how.guide, size=size, temperature=how.temperature, windows=how.windows)
         images = [self.net.unpatchify(tokens, size) for tokens in (z, *path)]
-        return [*images, self._denoised(images[-1], y, denoise)] if denoise * self._sigma else images
+        return [*images, self._denoised(images[-1], y, how.denoise)] if how.denoise * self._sigma else images
 
     def inpaint(
         self,
@@ -375,31 +381,39 @@ class StarFlow(GenerativeModule):
         *,
         iterations: int = 20,
         denoise: float = 1.0,
+        jacobi_window: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Fill in a region of data by Metropolis-Hastings, see ``sampler.inpaint``.
 
         Args:
             batch: data; what it holds in the missing region does not matter.
-            missing: (B, 1, h, w) bool at the size of the latent (or picture), True where to fill in.
+            missing: (B, 1, H, W) bool, True where to fill in, at the size of the pictures or of their latents. A latent
+                value is missing if any of its pixels is.
             seeds: one per row, for the proposals.
             condition: as in ``sample``.
             iterations: proposals, >= 1; the paper uses 20.
             denoise: as in ``sample``; known values are put back afterwards.
+            jacobi_window: as in ``sample``.
 
         Returns:
             (B, *codec.shape) float32, and the share of proposals accepted, (B,).
         """
-        if iterations < 1 or missing.dtype != torch.bool or missing.shape[1:] != (1, *self.codec.shape[1:]):
+        side, given = tuple(self.codec.shape[1:]), tuple(missing.shape[2:])
+        fits = len(given) == 2 and not (given[0] % side[0] or given[1] % side[1])
+        if iterations < 1 or missing.dtype != torch.bool or not fits:
             raise ValueError(
-                f"iterations={iterations} must be >= 1 and the mask bool of shape (B, 1, *{self.codec.shape[1:]}); it"
-                f" is {missing.dtype} of {tuple(missing.shape)}."
+                f"iterations={iterations} must be >= 1 and the mask bool of shape (B, 1, *{side}) or multiples; it is"
+                f" {missing.dtype} of {tuple(missing.shape)}."
             )
-        y = self._request(len(seeds), condition, denoise, 1.0, Guidance(), "1:1")
+        if given != side:
+            missing = F.adaptive_max_pool2d(missing.float(), side) > 0
+        how = plan(denoise=denoise, jacobi_window=jacobi_window)
+        y = self._request(len(seeds), condition, how)
         clean, noise = self.codec.encode(batch), SampleNoise(seeds, self.device)
         known = clean + self._sigma * noise.normal(*self.codec.shape)
         noises = [self._prior(noise, self._size("1:1")) for _ in range(iterations)]
         uniforms = [noise.uniform() for _ in range(iterations)]
-        x, accepted = inpaint(self.net, known, missing, noises, uniforms, y)
+        x, accepted = inpaint(self.net, known, missing, noises, uniforms, y, windows=how.windows)
         if denoise * self._sigma:
             x = self._denoised(x, y, denoise)
         return torch.where(missing, x, clean), accepted
@@ -420,11 +434,11 @@ class StarFlow(GenerativeModule):
     def _prior(self, noise: Noise, size: tuple[int, int]) -> Tensor:
         return noise.normal(size[0] * size[1], self.net.dims).to(self.device)
 
-    def _null(self, y: Tensor | None, guide: Guidance, aspect: str) -> Tensor | None:
+    def _null(self, y: Tensor | None, how: Plan) -> Tensor | None:
         """What guidance pushes away from; None where it is off."""
-        if self.told is None or y is None or guide.weight == 1.0:
+        if self.told is None or y is None or how.guide.weight == 1.0:
             return None
-        return self.told.null(len(y), y.device, aspect)
+        return self.told.null(len(y), y.device, how.aspect)
 
     def _denoised(self, x: Tensor, y: Tensor | None, strength: float) -> Tensor:
         """Tweedie's step under the same condition."""
@@ -435,39 +449,34 @@ class StarFlow(GenerativeModule):
         rows = flow.chunks(self.net, len(x), self._gradient_rows(), self.device)
         return flow.denoised(x, rows, nll_of, self._sigma, strength)
 
-    def caption(self, captions: Sequence[str]) -> Condition:
-        """The condition that stands for captions, one per sample.
+    def caption(self, captions: Sequence[str], aspect: str = "1:1") -> Condition:
+        """The condition that stands for captions, one per sample, with the words of the aspect ratio if it has any.
 
         Raises:
             ValueError: this model is told no captions, or has no text encoder.
         """
         if not isinstance(self.told, Captions):
             raise ValueError(f"This model is told {self._condition}, not captions. Leave the caption out.")
-        return Condition(text=self.told.encode(captions, self.device))
+        suffix = self._nothing.replace("{ratio}", aspect) if "{ratio}" in self._nothing else ""
+        return Condition(text=self.told.encode([caption + suffix for caption in captions], self.device))
 
     def _gradient_rows(self) -> int:
         """Samples whose activations fit the budget: about 24 numbers per token, channel and layer are kept."""
         widths = sum(len(block.layers) * block.shape.channels for block in self.net.steps)
         return max(1, flow.GRADIENT_BYTES // (24 * 4 * widths * self.net.tokens))
 
-    def _request(
-        self, count: int, condition: Condition | None, denoise: float, temperature: float, guide: Guidance, aspect: str
-    ) -> Tensor | None:
+    def _request(self, count: int, condition: Condition | None, how: Plan) -> Tensor | None:
         """Check what is asked for; returns text tokens on the device."""
-        if denoise < 0 or not temperature > 0:
-            raise ValueError(
-                f"sampling.denoise={denoise} must be >= 0 (1 is Tweedie's formula, 0 is off) and"
-                f" sampling.attention_temperature={temperature} > 0 (1 is off)."
-            )
         if condition is not None and len(condition) not in (0, count):
             raise ValueError(f"{count} seeds but {len(condition)} conditions came; give one per seed.")
         if self.told is None:
-            if guide.weight != 1.0:
+            if how.guide.weight != 1.0:
                 warnings.warn(
-                    f"sampling.guidance={guide.weight} has nothing to act on: module.condition is none.", stacklevel=3
+                    f"sampling.guidance={how.guide.weight} has nothing to act on: module.condition is none.",
+                    stacklevel=3,
                 )
             return None
-        return self.told.of_request(condition, count, self.device, aspect)
+        return self.told.of_request(condition, count, self.device, how.aspect)
 
 
 def _rows(batch: Batch) -> int:

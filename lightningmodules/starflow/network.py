@@ -338,6 +338,22 @@ class StarFlowNet(nn.Module):
             scales.append(scale)
         return FlowOutput(z, inputs, scales)
 
+    @torch.no_grad()
+    def overflow(self, x: Tensor, y: Tensor | None = None) -> str | None:
+        """Where a forward pass first leaves the finite numbers, in words: block, token, sample; None if it does not."""
+        z, size = self.patchify(x.float()), self.grid(x)
+        for k, block in enumerate(self.steps):
+            z, scale = block(z, y, size)
+            bad = ~(block.order(z).isfinite() & scale.isfinite())
+            if bad.any():
+                row, token, _ = bad.nonzero()[0].tolist()
+                low, high = torch.aminmax(torch.exp(-scale[row].nan_to_num()))
+                return (
+                    f"flow block {k} of {len(self.steps)} (0 is next to the data), token {token} of {z.shape[1]} in its"
+                    f" order, sample {row} of the batch; sigma {float(low):.3g}..{float(high):.3g} in that block"
+                )
+        return None
+
     def flops(self) -> float:
         """Floating-point operations of a forward pass of one image: 2 per multiply-add, attention counted causally."""
         total = 0.0

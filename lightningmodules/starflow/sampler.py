@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,50 @@ class Windows:
 
 
 SEQUENTIAL = Windows()
+
+
+class Plan(NamedTuple):
+    """How samples are drawn.
+
+    Attributes:
+        guide: guidance.
+        windows: token by token, or window by window.
+        temperature: attention logits are divided by it.
+        denoise: factor on the denoising step.
+        aspect: width:height.
+    """
+
+    guide: Guidance
+    windows: Windows
+    temperature: float
+    denoise: float
+    aspect: str
+
+
+def plan(
+    guidance: float = 1.0,
+    guidance_rule: str = "precision",
+    guide_blocks: str = "all",
+    attention_temperature: float = 1.0,
+    denoise: float = 1.0,
+    jacobi_window: int = 0,
+    jacobi_tolerance: float = 1e-4,
+    jacobi_blocks: str = "shallow",
+    aspect: str = "1:1",
+) -> Plan:
+    """The arguments of ``StarFlow.sample``, which explains them, checked.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    if denoise < 0 or not attention_temperature > 0:
+        raise ValueError(
+            f"sampling.denoise={denoise} must be >= 0 (1 is Tweedie's formula, 0 is off) and"
+            f" sampling.attention_temperature={attention_temperature} > 0 (1 is off)."
+        )
+    guide = Guidance(guidance, guidance_rule, guide_blocks)
+    windows = Windows(jacobi_window, jacobi_tolerance, jacobi_blocks)
+    return Plan(guide, windows, attention_temperature, denoise, aspect)
 
 
 @dataclass(frozen=True)

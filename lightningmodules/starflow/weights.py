@@ -1,12 +1,17 @@
 """Between checkpoints of apple/ml-starflow and ours. The names agree; theirs also hold constants."""
 
+import pickle
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from lightningmodules.shared import dcp
 from lightningmodules.shared.statedict import match as match  # the runner asks the room for it
 
 CONSTANT = re.compile(r"var|feat_rope(_gen)?\.freqs_(cos|sin)|blocks\.\d+\.attn_mask")
@@ -47,6 +52,63 @@ def to_official(state: Mapping[str, Tensor], *, constants: tuple[int, int, int] 
     for block in sorted({key.split(".")[1] for key in state}, key=int):
         official[f"blocks.{block}.attn_mask"] = torch.ones(length, length).tril()
     return official
+
+
+def read_start(path: str) -> dict[str, Tensor]:
+    """Weights to begin a run with, on the CPU in float32.
+
+    Args:
+        path: exported weights (a folder, or its weights.safetensors), an official checkpoint (.pth, .safetensors), or a
+            folder of torch.distributed.checkpoint.
+
+    Returns:
+        State dict of ``StarFlowNet``.
+
+    Raises:
+        ValueError: the file is missing, damaged, or holds something else.
+    """
+    place = Path(path).expanduser()
+    file = place / "weights.safetensors" if (place / "weights.safetensors").is_file() else place
+    if not file.exists():
+        raise ValueError(
+            f"module.start={path}: no such file. Export the weights of the stage before (python -m platform weights"
+            " export RUN --out DIR), give an official checkpoint, or type module.start=null for random weights."
+        )
+    try:
+        if file.is_dir():
+            found = dcp.read_folder(file)
+        elif file.suffix == ".safetensors":
+            found = load_file(file)
+        else:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        state = {key.removeprefix("net."): value.float() for key, value in translate(found).items()}
+        infer(state)
+    except (SafetensorError, RuntimeError, EOFError, OSError, AttributeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"module.start={path} cannot be read as named tensors: {reason}") from error
+    except ValueError as error:
+        raise ValueError(f"module.start={path}: {error}") from None
+    return state
+
+
+def fill(net: torch.nn.Module, state: Mapping[str, Tensor], path: str) -> None:
+    """Overwrite the weights of ``net`` with those of another stage.
+
+    Rotary positions have no weights: another resolution continues in the same range of coordinates, as long as
+    ``module.net.pt_seq_len`` stays. Learnt positions belong to one resolution.
+
+    Raises:
+        ValueError: they belong to another network; the message starts with ``path``.
+    """
+    own = net.state_dict()
+    try:
+        match(state, own)
+    except ValueError as error:
+        learnt = any(key.endswith("pos_embed") and state[key].shape != own[key].shape for key in state if key in own)
+        more = " Learnt positions belong to one resolution: only a network with module.net.rope=true" if learnt else ""
+        more += " continues at another one." if learnt else " Set module.net as in the run that the weights are of."
+        raise ValueError(f"module.start={path}: {error}{more}") from None
+    net.load_state_dict(state)
 
 
 def infer(official: Mapping[str, Tensor]) -> dict[str, Any]:

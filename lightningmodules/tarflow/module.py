@@ -227,6 +227,15 @@ class TarFlow(GenerativeModule):
         out = self.net(x, y)
         return flow.nll(out.z, out.logdet, None if self.net.nvp else self.net.var)
 
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Noisy images, and what comes back from the flow, (B, C, H, W) each; they differ by rounding only."""
+        image = batch["image"]
+        draw = torch.rand if self.noise_type == "uniform" else torch.randn
+        x, y = self._noisy(batch, draw(image.shape, device=image.device)), self._labels(batch)
+        z = self.net(x, y).z / self.net.var.sqrt()  # the inversion starts from a standard normal prior
+        return x, self.net.unpatchify(invert(self.net, z, y)[-1])
+
     # ---- sampling -------------------------------------------------------------------------------------------------
 
     def null_condition(self, n: int) -> Condition:

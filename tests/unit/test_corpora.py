@@ -1,6 +1,7 @@
 """Corpora that are generated: split by origin, each text once, the same bytes every time, captions that are true."""
 
 import ast
+import hashlib
 import io
 import json
 import unicodedata
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules import catalogue, corpora, glyphs32
+from datamodules import bpe, catalogue, corpora, glyphs32
 from datamodules.check import check
 from datamodules.shards import ShardSet, find
+from datamodules.tokenizers import Pretrained
 
 FEW = (
     "json/",
@@ -40,6 +42,30 @@ def contents(root: Path, split: str) -> list[dict[str, bytes]]:
 @pytest.fixture(scope="module")
 def few() -> dict[str, bytes]:
     return {path: data for path, data in corpora._library().items() if path.startswith(FEW)}
+
+
+def test_a_bpe_is_trained_on_the_training_texts_once(
+    few: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpora, "_library", lambda: few)
+    for name in ("a", "b"):
+        corpora.pydoc_prose_bpe(tmp_path / name, entries=300)
+    folders = [tmp_path / name / bpe.FOLDER for name in ("a", "b")]
+    assert len({(folder / "tokenizer.json").read_bytes() for folder in folders}) == 1
+    index = json.loads((folders[0] / "index.json").read_text())
+    assert index["sha256"] == hashlib.sha256((folders[0] / "tokenizer.json").read_bytes()).hexdigest()
+    tokenizer = Pretrained(folders[0])
+    assert (tokenizer.size, tokenizer.eos) == (300, 0)
+    text = "the value\u00e9 of <|endoftext|>\n\tx\U0001f600"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("the value")) < 9
+    stamp = (folders[0] / "tokenizer.json").stat().st_mtime_ns
+    corpora.pydoc_prose_bpe(tmp_path / "a", entries=300)
+    assert (folders[0] / "tokenizer.json").stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match=r"data\.source\.entries=400, but .* of 300 entries"):
+        corpora.pydoc_prose_bpe(tmp_path / "a", entries=400)
+    with pytest.raises(ValueError, match="expected at least the 257"):
+        bpe.train(tmp_path / "a", entries=256)
 
 
 @pytest.mark.parametrize(("name", "member"), [("pydoc_prose", "txt"), ("stdlib_code", "py")])

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from datamodules import download, remote, tarindex
-from datamodules.download import Lock
-from datamodules.remote import RemoteFiles, beside, file_name
+from datamodules.download import Lock, beside, file_name
+from datamodules.remote import RemoteFiles
 from datamodules.shards import BadSample, ShardSet, Source, open_source
 from datamodules.writer import DatasetWriter
 from tests.tars import sample

@@ -1,0 +1,123 @@
+"""Masked text from the command line: the bound over time, the authors' checkpoints, and what is refused."""
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightningmodules.cadd.network import CaddNet
+from platform import cli, config
+from platform.assemble import blueprint
+from platform.runs import METRICS, load_module
+
+QUIET = ["callbacks.samples=null", "callbacks.quality=null", "trainer.max_steps=2", "trainer.val_every=0"]
+LEAST = {"data.val_batch_size": "64", "callbacks.likelihood.max_batches": "4"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two short runs of the copy task."""
+    folder = tmp_path_factory.mktemp("runs")
+    few = [f"{key}={value}" for key, value in LEAST.items()]
+    for name in ("mdlm_copy", "cadd_copy"):
+        assert cli.main(["fit", name, "--tiny", *QUIET, *few, f"runs={folder}"]) == 0
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one message of a command that is refused."""
+    capsys.readouterr()
+    assert cli.main([str(word) for word in words]) == 2
+    return capsys.readouterr().err
+
+
+# ---- the bound ----
+
+
+@pytest.mark.parametrize(("name", "parts"), [("mdlm_copy", set()), ("cadd_copy", {"cross_entropy", "latent"})])
+def test_the_bound_is_logged_by_tenths_of_the_time(runs: Path, name: str, parts: set[str]) -> None:
+    rows = [json.loads(line) for line in (runs / f"{name}-tiny" / METRICS).read_text().splitlines()]
+    values = {row["tag"]: row["value"] for row in rows if row["step"] == 2}
+    names = [f"t{k / 10:.1f}-{(k + 1) / 10:.1f}" for k in range(10)]
+    expected = {f"likelihood/{part}_{name}" for part in {"bound", *parts} for name in names}
+    assert {tag for tag in values if tag.startswith("likelihood/")} == expected
+    bound = [values[f"likelihood/bound_{name}"] for name in names]
+    assert sum(bound) == pytest.approx(values["metrics/bits_per_token"])
+    assert min(bound) > 0
+    for part, whole in zip(names, bound, strict=True):
+        if parts:
+            assert sum(values[f"likelihood/{kind}_{part}"] for kind in parts) == pytest.approx(whole)
+
+
+# ---- the authors' checkpoints ----
+
+
+def lightning_checkpoint(net: CaddNet, offset: float = 1.0) -> dict[str, object]:
+    """What their training writes: prefixed weights, averages as a list, and objects of theirs."""
+    state = net.state_dict()
+    return {
+        "state_dict": OrderedDict((f"backbone.{key}", value) for key, value in state.items()),
+        "ema": {"decay": 0.9999, "num_updates": 7, "shadow_params": [p.detach() + offset for p in net.parameters()]},
+        "hyper_parameters": {"config": Path("stands for an object")},
+        "global_step": 7,
+    }
+
+
+@pytest.fixture(scope="module")
+def network() -> CaddNet:
+    torch.manual_seed(3)
+    net = blueprint(config.compose("mdlm_copy", [])).averaged()["net"]
+    assert isinstance(net, CaddNet)
+    real = net.to_empty(device="cpu")
+    for tensor in real.state_dict().values():
+        tensor.normal_(std=0.05)
+    return real
+
+
+def test_a_training_checkpoint_is_imported_with_its_averages(
+    network: CaddNet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "best.ckpt"
+    torch.save(lightning_checkpoint(network), file)
+    assert cli.main(["weights", "import", str(file), "--as", "mdlm_copy", "--out", str(tmp_path / "in")]) == 0
+    assert "0 missing, 0 unexpected" in capsys.readouterr().out
+    module, _ = load_module(str(tmp_path / "in"))
+    ours: dict[str, Tensor] = module.net.state_dict()
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.detach() + 1.0)
+    assert module.sample([0, 1], steps=4).max() < 8
+    assert cli.main(["weights", "export", str(tmp_path / "in"), "--out", str(tmp_path / "out.pth")]) == 0
+    back = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert all(torch.equal(back[f"backbone.{name}"], value) for name, value in ours.items())
+    assert back.keys() == lightning_checkpoint(network)["state_dict"].keys()  # type: ignore[attr-defined]
+
+
+def test_checkpoints_that_are_none_are_refused(
+    network: CaddNet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (tmp_path / "sprung",)
+
+    whole = lightning_checkpoint(network)
+    short = {**whole, "ema": {"shadow_params": [torch.zeros(1)]}}
+    for name, content, message in (
+        ("objects.ckpt", {"weights": Trap()}, "holds weights; expected a training checkpoint of kuleshov-group/mdlm"),
+        ("trap.ckpt", {"state_dict": {"backbone.x": Trap()}}, "holds state_dict; expected a training checkpoint"),
+        ("short.ckpt", short, "averages 1 tensors, its backbone has"),
+        ("other.ckpt", {"state_dict": {"conv.weight": torch.zeros(1)}}, "no state dict of a masked-diffusion network"),
+    ):
+        torch.save(content, tmp_path / name)
+        said = refused(capsys, "weights", "import", tmp_path / name, "--as", "mdlm_copy", "--out", tmp_path / "in")
+        assert message in said
+    torch.save(whole, tmp_path / "whole.ckpt")
+    said = refused(capsys, "weights", "import", tmp_path / "whole.ckpt", "--as", "mdlm_owt", "--out", tmp_path / "in")
+    assert "module.net.hidden=48, here 768" in said
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "whole.ckpt").read_bytes()[:5000])
+    said = refused(capsys, "weights", "import", tmp_path / "cut.ckpt", "--as", "mdlm_copy", "--out", tmp_path / "in")
+    assert "(5,000 bytes) cannot be read as weights" in said
+    assert not (tmp_path / "in").exists()
+    assert not (tmp_path / "sprung").exists()
