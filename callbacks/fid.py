@@ -128,11 +128,13 @@ class FrechetDistance(AtValidations):
             collected = self._collect(trainer, module, settings)
         if collected is None:
             return None
-        moments, hidden, agreement, broken = collected
+        moments, hidden, agreement, broken, evaluations = collected
         sampled = time.perf_counter()
         stats = moments.finalize()
         short = self.extractor.name.removeprefix("fd_")
         values = {self.extractor.name: self.extractor.distance(reference.stats, stats)}
+        if evaluations is not None:
+            values["evaluations"] = evaluations  # network calls per sample, of methods that count them
         if agreement is not None:
             values[f"agreement_{short}"] = agreement
         if hidden is not None and reference.hidden is not None:
@@ -153,14 +155,16 @@ class FrechetDistance(AtValidations):
 
     def _collect(
         self, trainer: L.Trainer, module: GenerativeModule, settings: Mapping[str, Any]
-    ) -> tuple[Moments, Tensor | None, float | None, int] | None:
-        moments, kept, agreed, broken = Moments(), [], 0, 0
+    ) -> tuple[Moments, Tensor | None, float | None, int, float | None] | None:
+        moments, kept, agreed, broken, calls = Moments(), [], 0, 0, 0
         predicts = False
         for numbers, count in shares(self.n, trainer.global_rank, trainer.world_size, self.chunk):
             if module.stop_requested():
                 return None
             labels = [number % max(1, module.num_classes) for number in numbers]
             x = module.sample([self.first_seed + number for number in numbers], module.condition(labels), **settings)
+            counted = getattr(module, "evaluations", None)
+            calls += 0 if counted is None else int(counted[:count].sum())
             broken += int((~x[:count].flatten(1).isfinite().all(1)).sum())
             seen = _look(self.extractor, module.codec.decode(x.nan_to_num(nan=-1.0)))
             moments.update(seen.values[:count]) if count else None
@@ -170,9 +174,9 @@ class FrechetDistance(AtValidations):
                 predicts = True
                 agreed += int((seen.predicted[:count].cpu() == torch.tensor(labels[:count])).sum())
         moments = _over_ranks(trainer, moments, module.device)
-        agreed, broken = _sum(trainer, [agreed, broken], module.device)
+        agreed, broken, calls = _sum(trainer, [agreed, broken, calls], module.device)
         hidden = _gather(trainer, torch.cat(kept), self.n, module.device)[:MOST_NEIGHBOURS] if kept else None
-        return moments, hidden, agreed / self.n if predicts else None, broken
+        return moments, hidden, agreed / self.n if predicts else None, broken, calls / self.n if calls else None
 
     def _protocol(
         self, reference: _Reference, kind: str, settings: Mapping[str, Any], classes: int, broken: int
@@ -204,7 +208,8 @@ class FrechetDistance(AtValidations):
         stats = self.extractor.reference()
         moments, kept = Moments(), []
         with torch.no_grad():
-            for images in _training_pictures(trainer, self.reference_n, needed=stats is None).split(1024):
+            pictures = _training_pictures(trainer, self.reference_n, needed=stats is None)
+            for images in pictures.split(1024) if len(pictures) else ():
                 seen = _look(self.extractor, images.to(device))
                 moments.update(seen.values)
                 if seen.hidden is not None:
@@ -252,7 +257,7 @@ def _training_pictures(trainer: L.Trainer, most: int, needed: bool) -> Tensor:
         kind = type(datamodule).__name__
         raise ValueError(
             f"callbacks.fid compares with training pictures, but data={kind} has no reference_images. Set data to one"
-            f" that has, for example datamodules.images.Images, or callbacks.fid=null."
+            f" that has, for example datamodules.images.Images, or data.pictures of latents, or callbacks.fid=null."
         )
     images: Tensor = source("train", most)[0] if source is not None else torch.empty(0, 1, 1, 1, dtype=torch.uint8)
     return images

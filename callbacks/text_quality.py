@@ -24,9 +24,10 @@ class TextQuality(AtValidations):
     ``metrics/entropy`` (mean entropy of each sample's own tokens, nats), ``metrics/distinct_<n>`` (share of different
     n-grams over all samples; ``_mean``: mean of each sample's own), ``metrics/gen_ppl_<scorer>``, ``metrics/<rule>``
     (share of samples that keep a rule), ``metrics/mauve``, and ``metrics/evaluations`` (network calls per sample).
-    ``metrics/entropy_data`` is the entropy of held-out rows: a perplexity bought with less than that is none. Sample i
-    has seed ``first_seed + i``, and the seeds are dealt out to the ranks, so the numbers do not depend on how many
-    ranks there are.
+    ``metrics/entropy_data`` is the entropy of held-out rows: a perplexity bought with less than that is none.
+    ``metrics/entropy_corpus`` and ``metrics/entropy_corpus_data`` are of the counts over all samples or rows together.
+    Sample i has seed ``first_seed + i``, and the seeds are dealt out to the ranks, so the numbers do not depend on how
+    many ranks there are.
 
     Args:
         settings: keywords of the room's ``sample``; the experiment's ``sampling`` block.
@@ -118,10 +119,10 @@ class TextQuality(AtValidations):
     def _values(self, trainer: L.Trainer, module: GenerativeModule, tokens: Tensor) -> dict[str, float]:
         texts: list[str] = list(module.codec.decode(tokens))
         rows = tokens.tolist()
-        values = {"metrics/entropy": float(unigram_entropy(tokens).mean())}
+        values = _entropies(tokens, "")
         data = self._data(trainer, module)
         if data is not None:
-            values["metrics/entropy_data"] = float(unigram_entropy(data).mean())
+            values |= _entropies(data, "_data")
         for n in GRAMS:
             values[f"metrics/distinct_{n}"], values[f"metrics/distinct_{n}_mean"] = distinct(rows, n)
         if self.scorer is not None:
@@ -163,3 +164,11 @@ class TextQuality(AtValidations):
             "seeds": f"{self.first_seed}-{self.first_seed + self.n - 1}",
             "scorer": scorer,
         }
+
+
+def _entropies(tokens: Tensor, suffix: str) -> dict[str, float]:
+    """Mean entropy of each row's own tokens, and that of all rows (n, L) together; nats."""
+    return {
+        f"metrics/entropy{suffix}": float(unigram_entropy(tokens).mean()),
+        f"metrics/entropy_corpus{suffix}": float(unigram_entropy(tokens.reshape(1, -1))),
+    }

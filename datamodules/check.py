@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules import catalogue, manifest, salvage, survey, tarindex
+from datamodules import catalogue, manifest, overview, salvage, survey, tarindex
 from datamodules.catalogue import ShardEntry
 from datamodules.inputs.accept import whole
 from datamodules.inputs.entries import Refused
+from datamodules.overview import Overview
 from datamodules.patterns import split_of
 from datamodules.survey import Facts, Progress
 from datamodules.tarindex import TarIndex
@@ -86,10 +87,12 @@ def check(
     paths = survey.find(path)
     known = survey.entries(paths)
     cards = {folder: found.card for folder in {p.parent for p in paths} if (found := catalogue.read(folder))}
+    overviews = {folder: Overview(folder / overview.FILE_NAME) for folder in {p.parent for p in paths}}
     report = Report()
 
     def one(shard: Path) -> _ShardReport:
-        return _ShardCheck(shard, known[shard], cards.get(shard.parent, {}), fraction, classes).run()
+        beside = overviews[shard.parent]
+        return _ShardCheck(shard, known[shard], cards.get(shard.parent, {}), beside, fraction, classes).run()
 
     keys: list[NDArray[np.bytes_]] = []
     for result in survey.in_parallel(one, paths, workers, progress, "checking"):
@@ -108,11 +111,18 @@ class _ShardCheck:
     """The check of one shard."""
 
     def __init__(
-        self, path: Path, entry: ShardEntry | None, card: dict[str, Any], fraction: float, classes: int | None
+        self,
+        path: Path,
+        entry: ShardEntry | None,
+        card: dict[str, Any],
+        beside: Overview,
+        fraction: float,
+        classes: int | None,
     ) -> None:
         self.path = path
         self.entry = entry
         self.card = card
+        self.beside = beside
         self.fraction = fraction
         self.classes = classes or len(card.get("classes", ())) or None
         self.problems: list[Problem] = []
@@ -126,6 +136,9 @@ class _ShardCheck:
             labels = survey.labels(self.path, index)
             shapes = survey.shapes(self.path, index)
             self._check_index(index, shapes)
+            stamp = self.entry.sha256 if self.entry is not None and self._intact else ""
+            if overview.agrees(self.beside, self.path.name, stamp, index) is False:
+                self._add("", f"{overview.FILE_NAME} says something else. Delete it and type data index")
             if told := _dotted(index.extensions):
                 self._add("", told)
             self._check_labels(index, labels)

@@ -8,17 +8,18 @@ import re
 import select
 import shlex
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from webdataset.gopen import gopen, gopen_schemes
+from webdataset.gopen import gopen, gopen_gsutil, gopen_schemes
 
 from datamodules import catalogue
 from datamodules.catalogue import ShardEntry
-from datamodules.tarindex import BLOCK
+from datamodules.tarindex import BLOCK, scan_open
 
 STALLED_SECONDS = 60.0  # a source that sends nothing for so long is given up
 _POLL_SECONDS = 0.25
@@ -34,6 +35,9 @@ _CURL = {
     22: "the server answered with an error, e.g. 404 not found",
     28: "the connection timed out",
 }
+_NOT_INSTALLED = 127  # a shell's exit status for a command that it does not find
+_NOT_THERE = re.compile(r"\b404\b|NoSuchKey|does not exist|URLs? matched|No such file", re.IGNORECASE)
+_TOLD = 300  # characters of a command's last message that are passed on
 
 
 class Absent(OSError):
@@ -59,44 +63,55 @@ def check(url: str, setting: str) -> None:
         )
 
 
-def by_curl(url: str) -> bool:
-    """Whether curl fetches it, whose exit status tells what went wrong."""
-    return url.partition(":")[0] in _BY_CURL
+def tells_absent(url: str) -> bool:
+    """Whether an absent file can be told from other trouble; what a command of the user says may mean anything."""
+    return url.partition(":")[0] in _BY_CURL | {"s3", "gs"}
 
 
-def chunks(url: str, stop: threading.Event, quiet: bool = False) -> Iterator[bytes]:
+def chunks(url: str, stop: threading.Event) -> Iterator[bytes]:
     """Content of a remote file, piece by piece.
 
     Args:
         url: http://, https://, s3://, gs://, hf:// ... or pipe:COMMAND.
         stop: give up when this is set.
-        quiet: hide what commands print about failures.
 
     Raises:
-        OSError: it cannot be had, or not all of it.
+        OSError: it cannot be had, or not all of it; with what a command has last said.
     """
     address = _address(url)
-    if quiet and address.startswith("pipe:"):
-        address = f"pipe:{{ {address[5:]}\n}} 2>/dev/null"
-    try:
-        stream = gopen(address, "rb")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(error.errno, f"the program {error.filename} is not installed") from error
-    process = getattr(stream, "proc", None)
-    file = getattr(stream, "stream", stream)
-    try:
-        yield from _pieces(file.fileno(), stop)
-        status = process.wait(STALLED_SECONDS) if process is not None else 0
-        if status:
-            kind = Absent if by_curl(url) and status == 22 else OSError
-            told = f"{'curl' if by_curl(url) else 'the command'} ended with status {status}"
-            raise kind(errno.EIO, _CURL.get(status, told) if by_curl(url) else told)
-    finally:
-        if process is not None and process.poll() is None:
-            process.kill()
-        file.close()
-        if process is not None:
-            process.wait()
+    with tempfile.NamedTemporaryFile(prefix="download-") as said:
+        if address.startswith("pipe:"):  # the shell gives its place to the last command, so that killing it ends that
+            address = f"pipe:exec 2>{shlex.quote(said.name)}; {address[5:]}"
+        try:
+            stream = gopen(address, "rb")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(error.errno, f"the program {error.filename} is not installed") from error
+        process = getattr(stream, "proc", None)
+        file = getattr(stream, "stream", stream)
+        try:
+            yield from _pieces(file.fileno(), stop)
+            status = process.wait(STALLED_SECONDS) if process is not None else 0
+            if status:
+                raise _failure(url, status, said)
+        finally:
+            if process is not None and process.poll() is None:
+                process.kill()
+            file.close()
+            if process is not None:
+                process.wait()
+
+
+def _failure(url: str, status: int, said: IO[bytes]) -> OSError:
+    """What the exit status of a command means, and its last words."""
+    if url.partition(":")[0] in _BY_CURL:
+        kind = Absent if status == 22 else OSError
+        return kind(errno.EIO, _CURL.get(status, f"curl ended with status {status}"))
+    words = [line.strip() for line in said.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    last = words[-1][:_TOLD] if words else ""
+    if status == _NOT_INSTALLED and not url.startswith("pipe:"):
+        return FileNotFoundError(errno.ENOENT, f"the program {_address(url)[5:].split()[0]} is not installed")
+    kind = Absent if _NOT_THERE.search(last) else OSError
+    return kind(errno.EIO, f"the command ended with status {status}" + (f": {last}" if last else ""))
 
 
 def small(url: str, stop: threading.Event) -> bytes:
@@ -110,7 +125,7 @@ def small(url: str, stop: threading.Event) -> bytes:
         OSError: it cannot be had, or it is larger than index files ever are.
     """
     content = bytearray()
-    for data in chunks(url, stop, quiet=True):
+    for data in chunks(url, stop):
         content += data
         if len(content) > _SMALL:
             raise OSError(errno.EFBIG, "too large")
@@ -127,11 +142,13 @@ def check_whole(size: int, digest: str, entry: ShardEntry | None, file: int) -> 
         file: descriptor of the copy.
 
     Raises:
-        OSError: it is not the one of index.json, or lacks the blocks that end a tar.
+        OSError: it is not the one of index.json, or ends before the blocks that end a tar, or inside a member.
     """
     if entry is None:
         if size < 2 * BLOCK or os.pread(file, 2 * BLOCK, size - 2 * BLOCK).strip(b"\0"):
             raise OSError(errno.EIO, f"the download is truncated at byte {size}: the end-of-archive blocks are missing")
+        if (problem := scan_open(file).problem).startswith("truncated"):  # it was cut inside zeros
+            raise OSError(errno.EIO, f"the download is {problem}")
     elif digest != entry.sha256:
         raise OSError(errno.EIO, f"the download has another sha256 than {catalogue.FILE_NAME} says")
 
@@ -170,9 +187,11 @@ def _pieces(file: int, stop: threading.Event) -> Iterator[bytes]:
 
 
 def _address(url: str) -> str:
-    """What webdataset opens; it has no opener for s3:// of its own."""
+    """What webdataset opens; it has no opener for s3:// of its own, and that for gs:// lets gsutil print its errors."""
     if url.startswith("s3://") and "s3" not in gopen_schemes:
         return f"pipe:aws s3 cp {shlex.quote(url)} -"
+    if url.startswith("gs://") and gopen_schemes["gs"] is gopen_gsutil and "GOPEN_REWRITE" not in os.environ:
+        return f"pipe:gsutil cat {shlex.quote(url)}"
     return url
 
 

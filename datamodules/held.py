@@ -15,7 +15,8 @@ _ABSENT = np.iinfo(np.int64).min
 class Held:
     """Remembers the values of whole shards; when there is no room for further ones, all are forgotten.
 
-    A batch draws from many shards, and a few operations per shard and batch cost more than copying the batch.
+    A batch draws from many shards, and a few operations per shard and batch cost more than copying the batch. Memory: a
+    number per shard, and the values of up to ``limit`` samples, while they are moved into a larger array twice.
 
     Args:
         starts: number of the first sample of each shard, and the total, int64 (shards + 1,).

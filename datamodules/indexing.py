@@ -1,11 +1,12 @@
-"""Index files for shards that others have written: one beside each shard, and ``index.json`` for all of them."""
+"""Index files for shards that others have written: one beside each shard, and two for all of them."""
 
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from datamodules import catalogue, survey, tarindex
+from datamodules import catalogue, overview, survey, tarindex
 from datamodules.catalogue import Catalogue, ShardEntry
+from datamodules.overview import Overview
 from datamodules.tarindex import TarIndex
 from datamodules.transforms import IMAGE_EXTENSIONS
 from datamodules.writer import write_text
@@ -14,7 +15,7 @@ from datamodules.writer import write_text
 def write_indices(
     path: Path, *, name: str | None, licence: str, workers: int | None, progress: survey.Progress
 ) -> tuple[int, bool]:
-    """Write what is missing beside foreign shards: an index file per shard, and index.json.
+    """Write what is missing beside foreign shards: an index file per shard, the overview, and index.json.
 
     Args:
         path: folder of the shards.
@@ -47,8 +48,14 @@ def write_indices(
             if measured is not None:
                 tarindex.write_sidecar(one, index, measured=measured)
                 written += 1
+        shards = {one.name: entry for one, (_, _, entry) in zip(paths, made, strict=True)}
+        beside = Overview(path / overview.FILE_NAME)
+        if written or not all(
+            overview.agrees(beside, one.name, entry.sha256, index)
+            for one, (index, _, entry) in zip(paths, made, strict=True)
+        ):
+            overview.describe(path, shards)
         if found is None:
-            shards = {one.name: entry for one, (_, _, entry) in zip(paths, made, strict=True)}
             whole = Catalogue(name or path.resolve().name, licence, {}, shards)
             write_text(path / catalogue.FILE_NAME, whole.to_json())
     except OSError as error:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from datamodules.bad import BadSamples
 from datamodules.base import ShardData
+from datamodules.images import Images
 from datamodules.loader import Buffers
 from datamodules.members import Labels, keys_of, sizes_of
 from datamodules.order import Ints, Lookup, sample_bits
@@ -100,6 +101,7 @@ class Latents(ShardData):
         max_bad_fraction: accepted share of unreadable samples, 0..1; each is logged with shard and key.
         columns: folders below ``root`` with shards of the same names and keys, whose members join the samples.
         cache_gib: size of the local cache for shards that come from elsewhere, in GiB.
+        pictures: what the latents were made of, for metrics that compare with pictures; None where there are none.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -128,6 +130,7 @@ class Latents(ShardData):
         max_bad_fraction: float = 0.0,
         columns: Sequence[str] = (),
         cache_gib: float = 64.0,
+        pictures: Images | None = None,
     ) -> None:
         super().__init__(
             root=root,
@@ -146,6 +149,7 @@ class Latents(ShardData):
             cache_gib=cache_gib,
         )
         self.encoder = encoder
+        self.pictures = pictures
         self.num_classes = num_classes
         self.label_offset = label_offset
         self.features = features
@@ -165,6 +169,11 @@ class Latents(ShardData):
         """What index.json says about the latents: "shape", "encoder", "scale", "flip" and "dtype"."""
         self.source_of("train")
         return dict(self._card)
+
+    @property
+    def reference_images(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """As of ``Images``, of ``pictures``; None without them."""
+        return None if self.pictures is None else self.pictures.reference_images
 
     def facts(self) -> dict[str, Any]:
         """What the latents are."""

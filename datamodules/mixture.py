@@ -27,6 +27,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from datamodules.members import keys_of, sizes_of
 from datamodules.order import Ints, Lookup, Meaning, groups
 from datamodules.source import BadSample, Bytes, Measure, Members, Source
 
@@ -194,6 +195,21 @@ class Concatenated:
         """Key of a sample, ``source/key``."""
         part, inside = _place(self._samples, sample)
         return f"{self._titles[part]}/{self._parts[part].key(inside)}"
+
+    def keys_at(self, samples: Ints) -> list[str]:
+        """Keys of many samples at once, as ``key`` gives them."""
+        found = [""] * len(samples)
+        for part, here, inside in self._split(samples):
+            for row, key in zip(here.tolist(), keys_of(self._parts[part], inside), strict=True):
+                found[row] = f"{self._titles[part]}/{key}"
+        return found
+
+    def sizes_at(self, samples: Ints, extension: str) -> Ints:
+        """Bytes of one member of each sample, 0 where it is absent, int64 (n,)."""
+        sizes = np.empty(len(samples), dtype=np.int64)
+        for part, here, inside in self._split(samples):
+            sizes[here] = sizes_of(self._parts[part], inside, extension)
+        return sizes
 
     def shard(self, sample: int) -> str:
         """Name of the shard that holds a sample, ``source/shard``."""

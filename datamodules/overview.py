@@ -167,7 +167,7 @@ def write(path: Path, shards: Iterable[tuple[str, str]], columns: Mapping[str, S
     about = {
         "format": _FORMAT,
         "shards": [[*shard, count] for shard, count in zip(shards, counts, strict=True)],
-        "sums": {name: [zlib.crc32(part.tobytes()) for part in np.split(table, ends)] for name, table in joined.items()},
+        "sums": {name: list(map(_sum, np.split(table, ends))) for name, table in joined.items()},
     }
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".overview-") as folder:
         made = Path(folder) / path.name
@@ -194,7 +194,7 @@ def describe(folder: Path, shards: Mapping[str, ShardEntry]) -> None:
         for title in titles:
             if title.startswith(SIZE):  # a shard without such members
                 columns.setdefault(title, np.zeros(shards[name].samples, dtype=np.int64))
-    complete = [title for title in titles if all(title in columns for columns in found.values())]
+    complete = [title for title in titles if len({columns.get(title, _NONE).shape[1:] for columns in found.values()}) == 1]
     if complete:
         listed = [(name, shards[name].sha256) for name in found]
         write(folder / FILE_NAME, listed, {title: [columns[title] for columns in found.values()] for title in complete})
@@ -217,6 +217,13 @@ def resized(index: TarIndex, planned: Callable[[str], Ints | None]) -> dict[int,
     return {row: f"sample {index.key(row)}: {told}" for row in np.flatnonzero(wrong).tolist()}
 
 
+def agrees(overview: Overview, shard: str, stamp: str, index: TarIndex) -> bool | None:
+    """Whether an overview says what a scan of a sound shard finds; None if it does not tell about the shard."""
+    found = [overview.column(f"{SIZE}{extension}", shard, stamp, (len(index),)) for extension in index.extensions]
+    told = [sizes for sizes in found if sizes is not None]
+    return np.array_equal(np.stack(told, axis=1), index.sizes) if len(told) == len(found) > 0 else None
+
+
 def _columns(shard: Path, entry: ShardEntry) -> dict[str, NDArray[Any]]:
     """What the index file beside a shard says about its samples; nothing if it is not that of index.json's shard."""
     sidecar = tarindex.sidecar(shard)
@@ -228,6 +235,10 @@ def _columns(shard: Path, entry: ShardEntry) -> dict[str, NDArray[Any]]:
         columns[f"{SIZE}{extension}"] = index.sizes[:, column]
     with np.load(sidecar, allow_pickle=False) as table:
         return columns | {name: table[name] for name in table.files if name.startswith(MEASURED)}
+
+
+def _sum(part: NDArray[Any]) -> int:
+    return zlib.crc32(part.tobytes())
 
 
 def _small(table: NDArray[Any]) -> NDArray[Any]:

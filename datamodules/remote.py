@@ -99,9 +99,7 @@ class RemoteFiles:
                 f"({error.strerror}). Set PLATFORM_CACHE to a folder with space."
             ) from error
         self.sizes = [entry.bytes if entry else 0 for entry in self.entries]  # 0 for what is not known
-        self._notes = Notes(
-            [shard.url for shard in shards], [entry.sha256 if entry else None for entry in self.entries]
-        )
+        self._notes = Notes([s.url for s in shards], [entry.sha256 if entry else None for entry in self.entries])
         self._overviews: dict[str, Overview] = {}
         self._measure()
 
@@ -124,7 +122,7 @@ class RemoteFiles:
         listed: dict[str, Catalogue | None] = {}
         for url in urls:
             if (place := beside(url, catalogue.FILE_NAME)) not in listed:
-                listed[place] = _fetch_catalogue(place)
+                listed[place] = _fetch_catalogue(place, setting)
         shards, missing = [], []
         for url in urls:
             index, name = listed[beside(url, catalogue.FILE_NAME)], file_name(url)
@@ -218,9 +216,8 @@ class RemoteFiles:
     def store(self, shard: int, name: str, table: Ints) -> None:
         """Put a measured column into the cache."""
         self.note(shard, f"{overview.MEASURED}{name}", table)
-        tarindex.keep_measured(
-            tarindex.cache_file(self._shards[shard].identity(), name), self.sizes[shard], name, table
-        )
+        kept = tarindex.cache_file(self._shards[shard].identity(), name)
+        tarindex.keep_measured(kept, self.sizes[shard], name, table)
 
     def expect(self, shards: Sequence[int]) -> None:
         """Fetch these shards in the background, in this order, as far as there is room; replaces what was expected."""
@@ -263,10 +260,7 @@ class RemoteFiles:
                 self.sizes[shard] = self.index(shard).size
             except OSError as error:
                 if shard == unknown[0]:
-                    raise ValueError(
-                        f"{self.setting}: {self._shards[shard].url} cannot be fetched: {error.strerror or error}. "
-                        "Check the address, and that this machine may read it."
-                    ) from error
+                    raise _unreachable(self.setting, self._shards[shard].url, error) from error
 
     def _path(self, shard: int) -> Path:
         digest = hashlib.sha256(self._shards[shard].identity().encode()).hexdigest()[:16]
@@ -426,8 +420,8 @@ class RemoteFiles:
             if url not in self._overviews:
                 content = "".join(entry.sha256 for entry in self.entries if entry)
                 kept = tarindex.cache_file(f"{url}\0{content}").with_suffix(".safetensors")
-                if not kept.exists():
-                    with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):
+                    if not kept.exists():
                         tarindex.keep_file(kept, download.small(url, self._stop))
                 self._overviews[url] = Overview(kept)
             return self._overviews[url]
@@ -479,24 +473,27 @@ def _inside(url: str, setting: str) -> list[str]:
     """Shards of a folder, an address that ends with a slash, as its index.json lists them; else the address itself."""
     if url.startswith("pipe:") or not url.endswith("/"):
         return [url]
-    if (index := _fetch_catalogue(url + catalogue.FILE_NAME)) is None:
+    if (index := _fetch_catalogue(url + catalogue.FILE_NAME, setting)) is None:
         raise ValueError(
             f"{setting}='{url}': no {catalogue.FILE_NAME} lists its shards. Name them: train-{{000000..001023}}.tar"
         )
     return [url + name for name in of_split(index.shards, url.rstrip("/"), setting)]
 
 
-def _fetch_catalogue(url: str) -> Catalogue | None:
+def _fetch_catalogue(url: str, setting: str) -> Catalogue | None:
     """The index.json at an address, or None where there is none."""
     for attempt in range(_ATTEMPTS):
         try:
-            content = download.small(url, threading.Event())
-        except Absent:
-            return None
-        except OSError:
-            if not download.by_curl(url):  # commands cannot tell an absent file from other trouble
+            return catalogue.parse(download.small(url, threading.Event()), url)
+        except OSError as error:
+            if isinstance(error, Absent) or not download.tells_absent(url):
                 return None
-            time.sleep(_BACKOFF_SECONDS * 2**attempt if attempt + 1 < _ATTEMPTS else 0)
-        else:
-            return catalogue.parse(content, url)
-    return None
+            if isinstance(error, FileNotFoundError) or attempt + 1 == _ATTEMPTS:
+                raise _unreachable(setting, url, error) from error
+            time.sleep(_BACKOFF_SECONDS * 2**attempt)
+    raise AssertionError
+
+
+def _unreachable(setting: str, url: str, error: OSError) -> ValueError:
+    told = f"{setting}: {url} cannot be fetched: {error.strerror or error}"
+    return ValueError(f"{told}. Check the address, and that this machine may read it.")

@@ -39,9 +39,10 @@ _REMOTE = re.compile(r"pipe:|(?!file:)[a-z][a-z0-9+.-]*://")
 class ShardSet:
     """Samples of a list of tar shards, read by position through one index per shard.
 
-    Nothing is kept open but the shards in use, and no index but theirs is held in memory: 12 bytes per member and
-    the longest key per sample of at most ``open_shards`` shards. Shards that ``gather`` and ``pieces`` copy from are
-    mapped; what counts as resident for that is the page cache, which the system takes back when it needs it.
+    Nothing is kept open but the shards in use, at most ``open_shards``, and no index but theirs is held in memory: 12
+    bytes per member and the longest key per sample; the keys once more, and 16 bytes per member that is copied, side by
+    side for look-ups of whole batches. Shards that ``gather`` and ``pieces`` copy from are mapped; what counts as
+    resident for that is the page cache, which the system takes back when it needs it.
 
     With index.json, counts and fingerprint are what it says, so that damage never moves a sample to another position.
 
@@ -132,8 +133,9 @@ class ShardSet:
         except OSError:
             found = np.zeros(len(samples), dtype=np.int64)
             for shard in np.unique(shards).tolist():
-                here = shards == shard
-                found[here] = self.sizes(shard, extension)[samples[here] - self.starts[shard]]
+                with contextlib.suppress(OSError):
+                    sizes = spans.members(self._index(shard), extension, int(self.counts[shard]))[:, 1]
+                    found[shards == shard] = sizes[samples[shards == shard] - self.starts[shard]]
         return found
 
     def read(self, sample: int) -> Members:
@@ -171,10 +173,7 @@ class ShardSet:
         return members
 
     def sizes(self, shard: int, extension: str) -> Ints:
-        """Bytes of one member for every sample of a shard, (n,); 0 where it is missing.
-
-        An overview tells them as they were written, whatever has become of the shard; else damage counts as missing.
-        """
+        """Bytes of one member for every sample of a shard, 0 where it is missing, (n,); an overview knows lost ones."""
         name, count = f"{overview.SIZE}{extension}", int(self.counts[shard])
         known = self.files.recall(shard, name, (count,))
         if known is not None:

@@ -20,6 +20,7 @@ from platform import runs
 MEASURE = "measure"  # instead of a scale
 NULL = "empty_caption"  # entry of the card: features of the caption "", by member, base64 of the raw numbers
 DEFAULT_LENGTH = 128
+EMBEDDINGS = "embeddings:"  # before the folder of a language model whose embeddings of tokens are wanted
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _SMALLEST = (4, 2)  # width and length of random features
 
@@ -237,16 +238,18 @@ def open_autoencoder(path: str, weights: str | None, white: int | None) -> tuple
 
 
 def open_text_encoder(text: str, length: int | None) -> text_encoders.TextEncoder:
-    """A text encoder from a folder, or random features for ``random:WIDTHxLENGTH``.
+    """A text encoder from a folder, its embeddings alone for ``embeddings:FOLDER``, or ``random:WIDTHxLENGTH``.
 
     Raises:
         ValueError: there is none, or the length does not suit it.
     """
     if not text.startswith("random"):
+        states = "embeddings" if text.startswith(EMBEDDINGS) else "last"
+        text = text.removeprefix(EMBEDDINGS)
         limit = _longest(Path(text).expanduser() / "config.json")
         if length is not None and limit is not None and length > limit:
             raise ValueError(f"--length {length}: {text} reads {limit} tokens at most. Type --length {limit}.")
-        return text_encoders.Pretrained(text, length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH))
+        return text_encoders.Pretrained(text, length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH), states=states)
     match = re.fullmatch(r"random:(\d{1,5})x(\d{1,5})", text)
     if match is None or int(match[1]) < _SMALLEST[0] or int(match[2]) < _SMALLEST[1]:
         raise ValueError(

@@ -222,7 +222,10 @@ def _facts(args: argparse.Namespace, done: Any) -> list[tuple[str, str]]:
 
 def _name(encoder: str) -> str:
     """What the card calls an encoder: the name of its folder, without the path, which differs between machines."""
-    return encoder if encoder.startswith("random:") else Path(encoder).expanduser().resolve().name
+    if encoder.startswith("random:"):
+        return encoder
+    kind, colon, folder = encoder.rpartition("embeddings:")
+    return kind + colon + Path(folder).expanduser().resolve().name
 
 
 def _listed(members: Any) -> str:

@@ -60,7 +60,8 @@ def arguments(parser: Parser) -> None:
         "--encoder",
         metavar="PATH",
         help="folder of the encoder. latents: in diffusers' format, or a run of an autoencoder; text-features: as"
-        " transformers saves it, or random:WIDTHxLENGTH (default: none, it must be given)",
+        " transformers saves it, embeddings:PATH for a Gemma's embeddings, or random:WIDTHxLENGTH (default: none, it"
+        " must be given)",
     )
     both.add_argument(
         "--dtype",

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import torch
 
-from datamodules.bench import parts, rivals, sets
-from datamodules.bench.race import Contender, Report, batches_of
+from datamodules.bench import packages, parts, rivals, sets
+from datamodules.bench.race import Batches, Contender, Report
 from datamodules.bench.rivals import BATCH
 from datamodules.images import Images
 
 SMALL = 64  # pixels to which the second image table shrinks
+
+_BARE, _BARE_TWICE = _LIMITS = ("bare loop", "bare loop, 2 processes at once")
+_WEBDATASET = "webdataset, PIL and transforms"
+_PROCESSES = {0: "no process", 1: "1 process", 2: "2 processes"}
 
 
 def main(argv: list[str]) -> int:
@@ -54,57 +58,73 @@ def main(argv: list[str]) -> int:
 def images(report: Report, args: argparse.Namespace) -> None:
     """Decoded batches at full size and shrunk, ours beside the bare loop and beside other loaders."""
     folder, classes = sets.images(args.images, args.size)
-    paths = sets.files(folder)
-    blobs = rivals.blobs(paths, "jpg")
+    blobs = rivals.blobs(sets.files(folder), "jpg")
+    others = packages.installed() if args.rivals == "all" else {}
     for size in dict.fromkeys((args.size, min(SMALL, args.size))):
         name = "decode" if size == args.size else f"decode and shrink to {size}"
         report.title(f"images, {name}", "images")
-        report.race(_image_contenders(args, folder, classes, paths, blobs, size, name), args.repeats)
+        contenders = _limits(sets.files(folder), blobs, args.size, size)
+        if args.rivals != "none":
+            contenders += _usual_loaders(folder, classes, len(blobs), size)
+        for other, loader in others.items():
+            contenders += [
+                Contender(f"{other}, {_PROCESSES[count]}", functools.partial(rivals.samples, loader(folder, size, count)))
+                for count in _PROCESSES
+            ]
+        report.race(contenders + _ours(folder, len(blobs), args.size, size, [c.name for c in contenders]), args.repeats)
 
 
-def _image_contenders(
-    args: argparse.Namespace, folder: Path, classes: Path, paths: list[Path], blobs: list[bytes], size: int, name: str
-) -> list[Contender]:
+def _limits(paths: list[Path], blobs: list[bytes], source: int, size: int) -> list[Contender]:
+    def bare() -> int:
+        return rivals.decode(blobs, source, size)
+
+    return [
+        Contender("raw read of the shards", lambda: len(blobs) * bool(rivals.read_files(paths))),
+        Contender(_BARE, bare),
+        Contender(_BARE_TWICE, rivals.AtOnce(bare, 2), {_BARE: 0.0}),
+    ]
+
+
+def _usual_loaders(folder: Path, classes: Path, images: int, size: int) -> list[Contender]:
+    paths = sets.files(folder)
     few = paths[: max(1, len(paths) // 4)]  # the slow ones read a quarter
-    limit = f"bare {name} loop"
-    usual, same = "webdataset, PIL and transforms", "webdataset, same decoder"
-    listed, fast = "ImageFolder, PIL and transforms", "ImageFolder, same decoder"
-    usual_twice, fast_twice = f"{usual}, 2 processes", f"{fast}, 2 processes"
-    whole = size == args.size  # what is wanted beside the usual way is wanted at 256 pixels
+    loaders = {
+        _WEBDATASET: rivals.webdataset_usual(few, size),
+        f"{_WEBDATASET}, 2 processes": rivals.in_processes(rivals.webdataset_usual(paths, size), 2),
+        "webdataset, same decoder": rivals.webdataset_fast(paths, size),
+        "webdataset, same decoder, 2 processes": rivals.in_processes(rivals.webdataset_fast(paths, size), 2),
+        "ImageFolder, PIL and transforms": rivals.folder_usual(classes, size, images // 4),
+        "ImageFolder, same decoder": rivals.folder_fast(classes, size, 0),
+        "ImageFolder, same decoder, 2 processes": rivals.folder_fast(classes, size, 2),
+    }
+    return [Contender(name, functools.partial(rivals.samples, loader)) for name, loader in loaders.items()]
 
-    def ours(workers: int, flip: bool = False) -> Callable[[], int]:
+
+def _ours(folder: Path, images: int, source: int, size: int, others: list[str]) -> list[Contender]:
+    """Ours beside the limits, and mirrored at random beside the loaders, which do that too."""
+
+    def ours(name: str, workers: int, goals: dict[str, float], flip: bool = False) -> Contender:
         data = Images(
             root=folder, train="train-*.tar", size=size, num_classes=sets.CLASSES, batch_size=BATCH,
             workers=workers, flip=flip,
         )  # fmt: skip
-        return batches_of(data, args.images // BATCH)
+        batches = Batches(data, images // BATCH)
+        return Contender(name, batches, goals, after=batches.close)
 
-    def read() -> int:
-        rivals.read_files(paths)
-        return len(blobs)
-
+    alone: dict[str, float] = {}
+    in_two: dict[str, float] = {}
+    for other in others[len(_LIMITS) :]:
+        if other.endswith(_PROCESSES[2]):
+            # what is wanted beside the usual way is wanted at full size
+            in_two[f"wall:{other}"] = 10.0 if other.startswith(_WEBDATASET) and size == source else 1.0
+        else:
+            alone[other] = 1.0
     return [
-        Contender("raw read of the shards", read),
-        Contender(limit, lambda: rivals.decode(blobs, args.size, size), {usual: 0.0}),
-        Contender(usual, lambda: rivals.samples(rivals.webdataset_usual(few, size))),
-        Contender(usual_twice, lambda: rivals.samples(rivals.in_processes(rivals.webdataset_usual(paths, size), 2))),
-        Contender(same, lambda: rivals.samples(rivals.webdataset_fast(paths, size))),
-        Contender(listed, lambda: rivals.samples(rivals.folder_usual(classes, size, len(blobs) // 4))),
-        Contender(fast, lambda: rivals.samples(rivals.folder_fast(classes, size, 0))),
-        Contender(fast_twice, lambda: rivals.samples(rivals.folder_fast(classes, size, 2))),
-        Contender("ours, no thread", ours(0), {limit: 0.9}),
-        Contender("ours, 1 thread", ours(1), {limit: 0.9, usual: 0.0, same: 1.0, listed: 1.0, fast: 1.0}),
-        Contender(
-            "ours, 2 threads",
-            ours(2),
-            {
-                limit: 0.9,
-                "wall:ours, 1 thread": 1.85,
-                f"wall:{usual_twice}": 10.0 if whole else 1.0,
-                f"wall:{fast_twice}": 1.0,
-            },
-        ),
-        Contender("ours, 1 thread, mirrored at random", ours(1, flip=True)),
+        ours("ours, no thread", 0, {_BARE: 0.9}),
+        ours("ours, 1 thread", 1, {_BARE: 0.9}),
+        ours("ours, 2 threads", 2, {_BARE: 0.9, _BARE_TWICE: 0.0, "wall:ours, 1 thread": 1.85}),
+        ours("ours, 1 thread, mirrored at random", 1, alone, flip=True),
+        ours("ours, 2 threads, mirrored at random", 2, in_two, flip=True),
     ]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from datamodules import shards
 from datamodules.bench import rivals, sets
-from datamodules.bench.race import Contender, Report, batches_of
+from datamodules.bench.race import Batches, Contender, Report
 from datamodules.bench.rivals import BATCH
 from datamodules.catalogue import FILE_NAME
 from datamodules.images import Images
@@ -71,7 +71,7 @@ def latents(report: Report, args: argparse.Namespace) -> None:
     """Latents beside a copy of the same rows from memory to memory."""
     folder = sets.latents(LATENTS, LATENT)
     data = Latents(root=folder, train="train-*.tar", batch_size=LATENT_BATCH, workers=0)
-    ours = batches_of(data, LATENTS // LATENT_BATCH)
+    ours = Batches(data, LATENTS // LATENT_BATCH)
     rows = np.stack([np.frombuffer(blob, np.float16) for blob in rivals.blobs(sets.files(folder), "lat")])
     chosen: Ints = data.training_sequence()(np.arange(LATENTS))[1]
     report.title(f"latents of {'x'.join(map(str, LATENT))} float16, batches of {LATENT_BATCH}", "samples")
@@ -102,7 +102,7 @@ def text(report: Report, args: argparse.Namespace) -> None:
             root=folder, train="train-*.tar", batch_size=BATCH, workers=0, length=LENGTH, mode=mode,
             tokenizer=Bytes(), member="tok", add_eos=False,
         )  # fmt: skip
-        rows = batches_of(data, updates)
+        rows = Batches(data, updates)
         return lambda: rows() * LENGTH
 
     copy = "copy of the tokens to int64"

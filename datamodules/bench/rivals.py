@@ -2,8 +2,10 @@
 
 import importlib
 import io
+import multiprocessing
 import tarfile
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ class _Plain:
 
 
 class Fast:
-    """The same decoder as ours, one image at a time: uint8 (size, size, 3).
+    """The same decoder as ours, one image at a time, mirrored at random: uint8 (size, size, 3).
 
     Args:
         size: height and width of the result; the images are square.
@@ -94,7 +96,8 @@ class Fast:
     def __call__(self, data: bytes) -> Tensor:
         """Decode one JPEG."""
         pixels = torch.from_numpy(simplejpeg.decode_jpeg(data, colorspace="RGB"))
-        return pixels if pixels.shape[0] == self.size else _shrink(pixels, self.size)
+        pixels = pixels if pixels.shape[0] == self.size else _shrink(pixels, self.size)
+        return pixels.flip(1) if torch.rand(1) < 0.5 else pixels
 
 
 def _shrink(pixels: Tensor, size: int) -> Tensor:
@@ -125,6 +128,35 @@ def decode(blobs: list[bytes], source: int, size: int) -> int:
         if size != source:
             _shrink(tensor, size)
     return len(blobs)
+
+
+class AtOnce:
+    """The same work in several processes at the same time, as each needs a core; they wait between the turns.
+
+    Args:
+        work: what each of them does; returns the number of items.
+        count: number of processes.
+    """
+
+    def __init__(self, work: Callable[[], int], count: int) -> None:
+        context = multiprocessing.get_context("fork")  # the others would copy the images
+        self._ends = []
+        for _ in range(count):
+            mine, other = context.Pipe()
+            context.Process(target=_serve, args=(other, work), daemon=True).start()
+            self._ends.append(mine)
+
+    def __call__(self) -> int:
+        """Let all of them work once; returns the number of items of all."""
+        for end in self._ends:
+            end.send(None)
+        return sum(end.recv() for end in self._ends)
+
+
+def _serve(end: "Connection[int, None]", work: Callable[[], int]) -> None:
+    while True:
+        end.recv()
+        end.send(work())
 
 
 def blobs(paths: list[Path], extension: str) -> list[bytes]:
@@ -180,12 +212,13 @@ def folder_usual(folder: Path, size: int, count: int) -> "DataLoader[Any]":
 
 def folder_fast(folder: Path, size: int, workers: int) -> "DataLoader[Any]":
     """A whole ImageFolder with our decoder in a DataLoader with so many processes."""
-    return DataLoader(_Folder(folder, Fast(size), True), BATCH, shuffle=True, num_workers=workers)
+    data = _Folder(folder, Fast(size), True)
+    return DataLoader(data, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
 
 
 def in_processes(batches: Any, workers: int) -> "DataLoader[Any]":
     """The same batches from worker processes."""
-    return DataLoader(batches, batch_size=None, num_workers=workers)
+    return DataLoader(batches, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
 
 
 def samples(batches: Any) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightningmodules.cadd.network import CaddNet, Fused
-from lightningmodules.shared.token_transformer import FREQUENCIES, LOGITS, cross_entropy, rotate, sinusoids
+from lightningmodules.shared.token_transformer import FREQUENCIES, LOGITS, cross_entropy, rotate, sinusoids, without
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -182,13 +182,15 @@ class AdaptedNet(Fused, nn.Module):
                 x = layer(x, rotation, mask)
         return x
 
-    def logits(self, hidden: Tensor, condition: Tensor, at: Tensor | None = None) -> Tensor:
-        """Logits (B, L, vocabulary), or (N, vocabulary) at flattened positions; see ``TokenTransformer.logits``."""
+    def logits(self, hidden: Tensor, condition: Tensor, at: Tensor | None = None, mask_id: int | None = None) -> Tensor:
+        """Logits (B, L, V), or (N, V) at flattened positions; see ``TokenTransformer.logits``."""
         rows, length, _ = hidden.shape
         wanted = torch.arange(rows * length, device=hidden.device) if at is None else at
         before = wanted - (wanted % length > 0).long()
-        found = self.lm_head(self.norm(hidden.flatten(0, 1)[before]))[:, : self.vocabulary]
-        return cast(Tensor, found.unflatten(0, (rows, length)) if at is None else found)
+        last = self.vocabulary - (mask_id == self.vocabulary - 1)
+        found = F.linear(self.norm(hidden.flatten(0, 1)[before]), self.lm_head.weight[:last])
+        found = found if mask_id is None or mask_id == last else without(found, mask_id)
+        return found.unflatten(0, (rows, length)) if at is None else found
 
     def forward(self, tokens: Tensor, sigma: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits of every position, (B, L, vocabulary), from tokens (B, L) int64."""
@@ -198,7 +200,7 @@ class AdaptedNet(Fused, nn.Module):
     def cross_entropy(self, hidden: Tensor, condition: Tensor, at: Tensor, targets: Tensor, mask_id: int) -> Tensor:
         """Cross-entropy at some positions, (N,) nats; see ``TokenTransformer.cross_entropy``."""
         part = LOGITS // self.vocabulary
-        return cross_entropy(lambda rows: self.logits(hidden, condition, rows), at, targets, mask_id, part)
+        return cross_entropy(lambda rows: self.logits(hidden, condition, rows, mask_id), at, targets, part)
 
     def flops(self, length: int | None = None) -> float:
         """Operations of one forward pass of one sequence: 2 per weight and token, and the attention products."""

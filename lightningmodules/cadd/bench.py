@@ -11,12 +11,18 @@ from torch import Tensor
 
 from lightningmodules.cadd.module import Cadd
 from lightningmodules.cadd.network import CaddNet
+from lightningmodules.cadd.oracle import ExactDenoiser, copy_task
+from lightningmodules.cadd.process import Estimator
+from lightningmodules.cadd.sampler import LatentMotion
 from lightningmodules.cadd.straightforward import Straightforward
 from lightningmodules.shared.codecs import Tokens
 from lightningmodules.shared.masking import corrupt
+from lightningmodules.shared.noise import SampleNoise
+from lightningmodules.shared.samplers.masked import Draw, Plan, reveal
 from lightningmodules.shared.timing import InTurn
 
 HIDDEN, BLOCKS, HEADS, COND = 128, 4, 4, 64
+ESTIMATORS: tuple[Estimator, ...] = ("hard", "soft", "sampled")
 AGREE = 1e-4  # largest difference of logits, relative to 1 + the largest
 MOST_STEP, MOST_SAMPLING = 1.10, 1.05  # of the baseline's cost that CADD may take
 
@@ -32,6 +38,9 @@ def main(argv: list[str]) -> int:
     """
     args = _parse(argv)
     torch.set_num_threads(args.threads)
+    if args.oracle:
+        _ceiling(args.oracle, args.seed)
+        return 0
     clock = time.process_time if args.threads == 1 else time.perf_counter
     print(
         f"width {HIDDEN}, {BLOCKS} blocks, vocabulary {args.vocabulary} and a mask, {args.length} tokens, float32, "
@@ -43,6 +52,28 @@ def main(argv: list[str]) -> int:
     on, off = _room(args, "on"), _room(args, "off")
     _against_baseline(bench, args, on, off)
     return _against_obvious(bench, args, off)
+
+
+def _ceiling(rows: int, seed: int) -> None:
+    """What no training can surpass: share of valid rows of the copy task under the exact denoiser."""
+    oracle, length = copy_task(), 16
+    print(f"copy task, exact denoiser, {rows} rows, seeds from {seed}, c = 1: share of valid rows, unigram entropy")
+    print(f"{'steps':>5}{'masked':>8}{'closed':>8}" + "".join(f"{name:>16}" for name in ESTIMATORS))
+    for steps in (2, 4, 8, 16, 32, 64):
+        found = []
+        for kind in (None, *ESTIMATORS):
+            noise = SampleNoise(range(seed, seed + rows))
+            motion = None if kind is None else LatentMotion(kind)
+            model = ExactDenoiser(oracle, noise, (rows, length), motion)
+            blank = torch.full((rows, length), oracle.vocabulary)
+            free = torch.ones_like(blank, dtype=torch.bool)
+            tokens = reveal(model, blank, free, noise, Plan(model.schedule, steps), Draw()).tokens
+            valid = (tokens[:, : length // 2] == tokens[:, length // 2 :]).all(dim=1).double().mean()
+            counts = torch.bincount(tokens.flatten(), minlength=oracle.vocabulary).double() / tokens.numel()
+            found.append((float(valid), float(-torch.special.xlogy(counts, counts).sum())))
+        closed = (1 - (1 - 1 / oracle.vocabulary) / steps) ** (length // 2)
+        rest = "".join(f"{valid:>8.3f} ({entropy:.3f})" for valid, entropy in found[1:])
+        print(f"{steps:>5}{found[0][0]:>8.3f}{closed:>8.3f}{rest}", flush=True)
 
 
 def _against_baseline(bench: InTurn, args: argparse.Namespace, on: Cadd, off: Cadd) -> None:
@@ -155,5 +186,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence (default: 128)")
     parser.add_argument("--steps", type=int, default=64, help="sampling steps (default: 64)")
     parser.add_argument("--vocabulary", type=int, default=256, help="tokens (default: 256)")
+    parser.add_argument(
+        "--oracle",
+        type=int,
+        nargs="?",
+        const=1000,
+        metavar="ROWS",
+        help="instead: the copy task under the exact denoiser, the ceiling of every trained one (rows: 1000)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: 0)")
     return parser.parse_args(argv)

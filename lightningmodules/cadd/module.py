@@ -21,7 +21,6 @@ from lightningmodules.shared.conditioning import Condition
 from lightningmodules.shared.masking import Bound, Schedule
 from lightningmodules.shared.noise import Noise, SampleNoise
 from lightningmodules.shared.samplers.masked import Counts, Draw, Grid, Order, Plan, Remask, Wino, reveal, wino
-from lightningmodules.shared.token_transformer import without
 
 SWITCH: dict[Any, Latent] = {True: "on", False: "off", "on": "on", "off": "off", "selfcond": "selfcond"}
 CALLS = ("embed", "latents", "condition", "gated", "trunk", "logits", "cross_entropy")  # methods of the network
@@ -125,6 +124,11 @@ class Cadd(GenerativeModule):
         if self.start is not None:
             load_start(self.net, self.start)
 
+    def setup(self, stage: str) -> None:
+        """Before training: the vocabulary is that of the tokenizer, which the data has prepared by now."""
+        if stage == "fit" and isinstance(self.codec, Tokens):
+            self.codec.check()
+
     def configure_model(self) -> None:
         """As every room; then a sharded network gathers its own weights for each of the calls made of it here."""
         super().configure_model()
@@ -175,7 +179,7 @@ class Cadd(GenerativeModule):
         hidden, condition, clean = self._encode(batch, x0, masked, at, t, labels, None)
         weight = self._weight(t).float()[row] / eligible.sum()
         if self.mse_coef:
-            logits = self._real(self.net.logits(hidden, condition, at).float())
+            logits = self.net.logits(hidden, condition, at, self.codec.mask_id).float()
             ce = F.cross_entropy(logits, targets, reduction="none")
             clean = self.latent_rows(targets) if clean is None else clean
             squared = (clean - logits.softmax(dim=1) @ self.latent_rows()).square().sum(dim=1)
@@ -224,12 +228,9 @@ class Cadd(GenerativeModule):
         at = (masked & chosen).flatten().nonzero().squeeze(1)
         with torch.no_grad():
             hidden = self.net.trunk(embedded, condition, **where)
-            logits = self._real(self.net.logits(hidden, condition, at).float())
+            logits = self.net.logits(hidden, condition, at, self.codec.mask_id).float()
             guess = process.estimate(logits.log_softmax(dim=1), self.latent_rows(), "soft")
         return self.net.fuse(embedded, at, guess)
-
-    def _real(self, logits: Tensor) -> Tensor:
-        return without(logits, self.codec.mask_id)
 
     def _weight(self, t: Tensor) -> Tensor:
         if self.weight == "uniform":
@@ -343,7 +344,7 @@ class Cadd(GenerativeModule):
             latent = noise.normal(length, self.net.hidden).flatten(0, 1)[at]
         hidden, condition, clean = self._encode(batch, x0, masked, at, t, labels, latent)
         row, targets = at // length, x0.flatten()[at]
-        logits = self._real(self.net.logits(hidden, condition, at).float())
+        logits = self.net.logits(hidden, condition, at, self.codec.mask_id).float()
         log_probs = logits.log_softmax(dim=1)
         nats = -log_probs.gather(1, targets.unsqueeze(1)).squeeze(1).double()
         total = torch.zeros(rows, dtype=torch.float64, device=x0.device).index_add(0, row, nats)

@@ -4,12 +4,17 @@ Used to check formulas and samplers without training, and as the ceiling of what
 """
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightningmodules.cadd import process
 from lightningmodules.cadd.process import Path
+from lightningmodules.cadd.sampler import Denoiser, LatentMotion
+from lightningmodules.shared.masking import LogLinear
+from lightningmodules.shared.noise import Noise
 
 
 @dataclass(frozen=True)
@@ -65,3 +70,62 @@ class Oracle:
     def log_probs(self, tokens: Tensor, latent: Tensor | None, gamma: Tensor | None) -> Tensor:
         """Exact log p(token at each position | tokens, latent), (B, n, V)."""
         return self.marginal(self.joint(tokens, latent, gamma)).clamp(min=1e-300).log()
+
+
+def copy_task(vocabulary: int = 8, width: int = 48) -> Oracle:
+    """Two equal tokens, drawn evenly: one of the independent pairs that a row of the copy task consists of.
+
+    Args:
+        vocabulary: V.
+        width: of the latents, whose directions are random and whose norm is the usual one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(vocabulary, width, generator=generator)
+    table = process.unit_rows(directions, process.latent_radius(vocabulary)).double()
+    states = torch.arange(vocabulary).unsqueeze(1).expand(vocabulary, 2)
+    return Oracle(states, torch.full((vocabulary,), 1.0 / vocabulary, dtype=torch.float64), table)
+
+
+class ExactDenoiser(Denoiser):
+    """An oracle in the place of a trained network.
+
+    Of equally likely tokens a random one is the likeliest. A row may consist of g independent parts of n tokens:
+    token k of part j stands at position k g + j.
+
+    Args:
+        oracle: knows one part.
+        noise: one source of draws per row.
+        shape: (rows, length), a length of g n.
+        motion: of the latent; None for plain masked diffusion.
+    """
+
+    def __init__(self, oracle: Oracle, noise: Noise, shape: tuple[int, int], motion: LatentMotion | None) -> None:
+        network: Any = SimpleNamespace(table=oracle.table, hidden=oracle.table.shape[1])  # all that is asked of it
+        super().__init__(
+            network,
+            mask_id=oracle.vocabulary,
+            schedule=LogLinear(),
+            gamma=LogLinear(),
+            noise=noise,
+            shape=shape,
+            latent="off" if motion is None else "on",
+            motion=motion,
+            table=oracle.table.float(),
+        )
+        self.oracle = oracle
+        # At t = 1 all tokens may be equally likely, and the likeliest would be the first one in every row.
+        self._ties = 1e-9 * noise.uniform(shape[1], oracle.vocabulary, dtype=torch.float64)
+
+    def predict(self, tokens: Tensor, where: Tensor, t: Tensor) -> Tensor:
+        """See ``Predictor.predict``; float64."""
+        rows, length = tokens.shape
+        size = self.oracle.states.shape[1]
+        latent = None if self.latent == "off" else _parts(self.z[:, :, 0].double(), size)
+        gamma = self.gamma.keep(t).repeat_interleave(length // size)
+        found = self.oracle.log_probs(_parts(tokens, size), latent, gamma)  # (rows g, n, V)
+        return (found.unflatten(0, (rows, -1)).transpose(1, 2).flatten(1, 2) + self._ties)[where]
+
+
+def _parts(x: Tensor, size: int) -> Tensor:
+    """Rows (B, n g, ..) as independent parts (B g, n, ..)."""
+    return x.unflatten(1, (size, -1)).transpose(1, 2).flatten(0, 1)

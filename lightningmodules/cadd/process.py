@@ -8,6 +8,7 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Estimator = Literal["hard", "soft", "sampled"]
@@ -153,19 +154,19 @@ def estimate(
     """
     if kind == "hard":
         return table[log_probs.argmax(dim=-1)]
-    shaped = log_probs
-    if temperature != 1.0:
-        shaped = shaped / temperature
-    if top_k and top_k < shaped.shape[-1]:
-        least = shaped.topk(top_k, dim=-1).values[..., -1:]
-        shaped = shaped.masked_fill(shaped < least, -torch.inf)
-    probs = log_probs.exp() if shaped is log_probs else shaped.softmax(dim=-1)
+    index = None
+    if top_k and top_k < log_probs.shape[-1]:
+        log_probs, index = log_probs.topk(top_k, dim=-1)
+    shaped = index is not None or temperature != 1.0
+    probs = (log_probs / temperature).softmax(dim=-1) if shaped else log_probs.exp()
     if kind == "soft":
-        return probs.to(table.dtype) @ table
+        probs = probs.to(table.dtype)
+        return probs @ table if index is None else F.embedding_bag(index, table, mode="sum", per_sample_weights=probs)
     assert uniform is not None, "a sampled estimate needs draws"
     cumulative = probs.double().cumsum(dim=-1)
-    drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(-1), right=True).squeeze(-1)
-    return table[drawn.clamp(max=probs.shape[-1] - 1)]
+    drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(-1), right=True)
+    drawn = drawn.clamp(max=probs.shape[-1] - 1)
+    return table[(drawn if index is None else index.gather(1, drawn)).squeeze(-1)]
 
 
 def step_bound(flip: Tensor, keep: Tensor, weight: Tensor, cross_entropy: Tensor, squared_error: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from lightningmodules.cadd.process import Estimator, Path
 from lightningmodules.shared.codecs import PixelTokens, Tokens
 from lightningmodules.shared.masking import Schedule
 from lightningmodules.shared.noise import Noise
-from lightningmodules.shared.token_transformer import without
 
 Latent = Literal["off", "on", "selfcond"]
 HOLE = -1  # in a prompt: to be drawn
@@ -178,8 +177,7 @@ class Denoiser:
             positions = positions.repeat(branches, 1)
         hidden_states = self.net.trunk(embedded, condition, positions=positions, mask=mask)
         at = wanted.repeat(branches, 1).flatten().nonzero().squeeze(1)
-        logits = without(self.net.logits(hidden_states, condition, at).float(), self.mask_id)
-        log_probs = logits.log_softmax(dim=1)
+        log_probs = self.net.logits(hidden_states, condition, at, self.mask_id).float().log_softmax(dim=1)
         if branches == 1:
             return log_probs
         conditional, unconditional = log_probs.chunk(2)

@@ -173,6 +173,11 @@ def read(file: Path) -> dict[str, Tensor]:
     """
     if (file / SHARDED).is_file() or (file / SHARDED.removesuffix(".index.json")).is_file():
         return translate(_shards(file))
+    if file.is_dir() and not (file / "weights.safetensors").is_file():
+        raise ValueError(
+            f"{file} is a folder without weights.safetensors or {SHARDED}. Of a run, make one: python -m platform"
+            " weights export RUN --out DIR"
+        )
     file = file / "weights.safetensors" if file.is_dir() else file
     if not file.is_file():
         raise ValueError(f"{file}: no such file. Type the path of a .ckpt, .pth, .bin or .safetensors file.")

@@ -394,7 +394,9 @@ def load(folder: str | Path, make: Callable[[], AutoencoderKL] | None = None) ->
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True) if file.suffix in PICKLED else load_file(file)
         state = translate(tensors)
-    except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:
+        raise ValueError(f"{file} holds something else than tensors, or is damaged; nothing was executed.") from None
+    except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError) as error:
         size = file.stat().st_size
         raise ValueError(
             f"{file} cannot be read ({str(error).splitlines()[0]}; {size:,} bytes). Is the copy complete?"

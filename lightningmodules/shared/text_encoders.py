@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +48,13 @@ class TextEncoder(Protocol):
 class Pretrained:
     """A T5, CLIP or Gemma text encoder in a local folder, as ``save_pretrained`` leaves it; nothing is downloaded.
 
-    Features are the last hidden states, zero at padding.
+    Features are the last hidden states, or the embeddings of the tokens; zero at padding.
 
     Args:
         folder: holds config.json, the weights and the tokenizer.
         length: tokens per caption.
         dtype: "float32" or "bfloat16", of the encoder; features come back as float32.
+        states: "last", or "embeddings", what the first layer of a Gemma reads.
 
     Raises:
         ValueError: files are missing, or the model is of another family.
@@ -61,7 +62,7 @@ class Pretrained:
     Source: text encoding of apple/ml-starflow (last hidden state times mask).
     """
 
-    def __init__(self, folder: str, length: int = 128, dtype: str = "float32") -> None:
+    def __init__(self, folder: str, length: int = 128, dtype: str = "float32", states: str = "last") -> None:
         self.folder, self.length = Path(folder).expanduser(), length
         self._check_files()
         self._config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
@@ -73,6 +74,12 @@ class Pretrained:
             )
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"text encoder dtype={dtype!r}: expected float32 or bfloat16.")
+        if states not in ("last", "embeddings") or (states == "embeddings" and not self.family.startswith("gemma")):
+            raise ValueError(
+                f"text encoder {self.folder}: states={states!r} of a {self.family}; expected last, or embeddings of a"
+                " Gemma."
+            )
+        self.states = states
         self.dtype = torch.float32 if dtype == "float32" else torch.bfloat16
         inner = self._config.get("text_config", self._config)
         self.width = int(inner.get("d_model") or inner["hidden_size"])
@@ -84,6 +91,7 @@ class Pretrained:
         """Hash of weights, tokenizer and length; read once."""
         if self._fingerprint is None:
             digest = hashlib.sha256(str(self.length).encode())
+            digest.update(b"" if self.states == "last" else self.states.encode())
             names = sorted(
                 path.name for path in self.folder.iterdir() if path.suffix in (".safetensors", ".bin", ".model")
             )
@@ -110,7 +118,10 @@ class Pretrained:
             list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         ).to(device)
         mask = tokens["attention_mask"].bool()
-        states = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+        if self.states == "embeddings":
+            states = cast(Any, model).get_input_embeddings()(tokens["input_ids"])
+        else:
+            states = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
         return states.float() * mask.unsqueeze(-1), mask
 
     def _load(self) -> tuple[nn.Module, Any]:

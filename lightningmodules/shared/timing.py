@@ -20,17 +20,17 @@ class InTurn:
     def __init__(self, clock: Callable[[], float], repeats: int) -> None:
         self.clock, self.repeats = clock, repeats
 
-    def __call__(self, ours: Callable[[], Tensor], theirs: Callable[[], Tensor]) -> tuple[list[float], list[Tensor]]:
-        """Best seconds and last results of both."""
-        best: list[float] = [math.inf, math.inf]
+    def __call__(self, *calls: Callable[[], Tensor]) -> tuple[list[float], list[Tensor]]:
+        """Best seconds and last results of all; the last call is the one that is expected to take longest."""
+        best = [math.inf] * len(calls)
         results: list[Tensor] = []
         for round_ in range(self.repeats):
             results = []
-            for which, call in enumerate((ours, theirs)):
+            for which, call in enumerate(calls):
                 begin = self.clock()
                 results.append(call())
                 best[which] = min(best[which], self.clock() - begin)
-            if best[1] > LONG and round_:
+            if best[-1] > LONG and round_:
                 break
         return best, results
 

@@ -142,10 +142,11 @@ class Head(nn.Module):
         self.linear = _zeroed(nn.Linear(channels, rows))
         self.adaLN_modulation = _zeroed(nn.Linear(cond_dim, 2 * channels))
 
-    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
-        """Logits (..., rows) of hidden states (..., channels); ``condition`` broadcasts against them."""
+    def forward(self, hidden: Tensor, condition: Tensor, rows: int | None = None) -> Tensor:
+        """Logits (..., rows) of hidden states (..., channels), of the first rows; ``condition`` broadcasts."""
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        return cast(Tensor, self.linear(torch.addcmul(shift, self.norm_final(hidden), 1.0 + scale)))
+        x = torch.addcmul(shift, self.norm_final(hidden), 1.0 + scale)
+        return F.linear(x, self.linear.weight[:rows], self.linear.bias[:rows])
 
 
 class TokenTransformer(nn.Module):
@@ -243,22 +244,25 @@ class TokenTransformer(nn.Module):
             x = block(x, condition, rotation, mask)
         return x
 
-    def logits(self, hidden: Tensor, condition: Tensor, at: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, condition: Tensor, at: Tensor | None = None, mask_id: int | None = None) -> Tensor:
         """Logits of all positions, or only of those that are needed.
 
         Args:
             hidden: (B, L, hidden) from :meth:`trunk`.
             condition: from :meth:`condition`.
             at: (N,) positions in the flattened (B L); None for all.
+            mask_id: token that is never predicted: left out if it is the last one, at -inf otherwise; None for none.
 
         Returns:
-            (B, L, vocabulary), or (N, vocabulary).
+            (B, L, V), or (N, V), where V is ``vocabulary`` without what is left out.
         """
+        rows = self.vocabulary - (mask_id == self.vocabulary - 1)  # cut off later, all of them would be copied
         if at is None:
-            return cast(Tensor, self.output_layer(hidden, condition.unsqueeze(1)))
-        if len(condition) > 1:
-            condition = condition[at // hidden.shape[1]]
-        return cast(Tensor, self.output_layer(hidden.flatten(0, 1)[at], condition))
+            found = self.output_layer(hidden, condition.unsqueeze(1), rows)
+        else:
+            where = condition[at // hidden.shape[1]] if len(condition) > 1 else condition
+            found = self.output_layer(hidden.flatten(0, 1)[at], where, rows)
+        return cast(Tensor, found if mask_id is None or mask_id == rows else without(found, mask_id))
 
     def forward(self, tokens: Tensor, sigma: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits of every position, (B, L, vocabulary), from tokens (B, L) int64; see :meth:`condition`."""
@@ -281,7 +285,7 @@ class TokenTransformer(nn.Module):
             (N,) nats.
         """
         return cross_entropy(
-            lambda rows: self.logits(hidden, condition, rows), at, targets, mask_id, LOGITS // self.vocabulary
+            lambda rows: self.logits(hidden, condition, rows, mask_id), at, targets, LOGITS // self.vocabulary
         )
 
     def flops(self, length: int | None = None) -> float:
@@ -299,14 +303,13 @@ class TokenTransformer(nn.Module):
         return cast(Sequence[Block], list(self.blocks))
 
 
-def cross_entropy(logits: Callable[[Tensor], Tensor], at: Tensor, targets: Tensor, mask_id: int, part: int) -> Tensor:
+def cross_entropy(logits: Callable[[Tensor], Tensor], at: Tensor, targets: Tensor, part: int) -> Tensor:
     """See :meth:`TokenTransformer.cross_entropy`.
 
     Args:
         logits: of positions (N,), (N, V).
         at: (N,) positions.
         targets: (N,) clean tokens.
-        mask_id: token that is never predicted.
         part: most positions whose logits are held at a time.
 
     Returns:
@@ -314,7 +317,7 @@ def cross_entropy(logits: Callable[[Tensor], Tensor], at: Tensor, targets: Tenso
     """
 
     def piece(rows: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(without(logits(rows).float(), mask_id), wanted, reduction="none")
+        return F.cross_entropy(logits(rows).float(), wanted, reduction="none")
 
     if len(at) <= max(1, part):
         return piece(at, targets)

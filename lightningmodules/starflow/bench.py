@@ -51,8 +51,8 @@ def main(argv: list[str]) -> int:
         for what, ours, theirs, error in _measure(net, InTurn(clock, args.repeats), args, tokens):
             seconds[tokens, what] = ours
             worst = max(worst, error)
-            ratio = f"{theirs:>11.4f}{theirs / ours:>7.2f}" if math.isfinite(theirs) else f"{'-':>11}{'-':>7}"
-            print(f"{tokens:>6}  {what:<17}{ours:>9.4f}{ratio}  {error:.1e}", flush=True)
+            ratio = f"{theirs:>11.4f}{theirs / ours:>7.2f}  {error:.1e}" if math.isfinite(theirs) else f"{'-':>11}"
+            print(f"{tokens:>6}  {what:<17}{ours:>9.4f}{ratio}", flush=True)
     _growth(args.tokens, seconds)
     if worst > AGREE:
         print(f"they disagree: {worst:.1e} > {AGREE} (relative to 1 + largest value)")
@@ -88,12 +88,12 @@ def _measure(net: StarFlowNet, timer: InTurn, args: argparse.Namespace, tokens: 
     rows = []
     for what, omega in (("sampling", 0.0), (GUIDED, 3.0)):
         ours = partial(_sampled, net, z, y, null, Guidance(1.0 + omega), Windows())
-        theirs = partial(_plainly_sampled, plain, z, y, null, omega) if whole else ours
-        rows.append(_row(what, timer, ours, theirs, whole))
+        theirs = partial(_plainly_sampled, plain, z, y, null, omega) if whole else None
+        rows.append(_row(what, timer, ours, theirs))
     guided = Guidance(4.0)
     windowed = partial(_sampled, net, z, y, null, guided, Windows(args.window, 1e-5))
     sequential = partial(_sampled, net, z, y, null, guided, Windows())
-    rows.append(_row(WINDOWED, timer, windowed, sequential, True))
+    rows.append(_row(WINDOWED, timer, windowed, sequential))
 
     def our_loss() -> Tensor:
         out = net(image, y)
@@ -103,17 +103,15 @@ def _measure(net: StarFlowNet, timer: InTurn, args: argparse.Namespace, tokens: 
         last, _, scales = plain.forward(image, y)
         return 0.5 * last.square().mean() + torch.stack([scale.mean() for scale in scales]).sum()
 
-    step = training_step(net, our_loss, fused=True)
-    rows.append(
-        _row("training step", timer, step, training_step(net, plain_loss, fused=False) if whole else step, whole)
-    )
+    theirs = training_step(net, plain_loss, fused=False) if whole else None
+    rows.append(_row("training step", timer, training_step(net, our_loss, fused=True), theirs))
     return rows
 
 
-def _row(what: str, timer: InTurn, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], compared: bool) -> Row:
-    (mine, other), (x, reference) = timer(ours, theirs)
-    error = float((x - reference).abs().max() / (1 + reference.abs().max()))
-    return what, mine, other if compared else math.nan, error
+def _row(what: str, timer: InTurn, ours: Callable[[], Tensor], theirs: Callable[[], Tensor] | None) -> Row:
+    (mine, *other), (x, *reference) = timer(ours) if theirs is None else timer(ours, theirs)
+    error = max((float((x - y).abs().max() / (1 + y.abs().max())) for y in reference), default=0.0)
+    return what, mine, other[0] if other else math.nan, error
 
 
 def _sampled(net: StarFlowNet, z: Tensor, y: Tensor, null: Tensor, guide: Guidance, windows: Windows) -> Tensor:

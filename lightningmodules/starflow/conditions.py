@@ -140,7 +140,10 @@ class Captions(nn.Module):
             ValueError: there is no encoder, or it makes features of another width.
         """
         if self._make is None:
-            raise ValueError("Captions need module.text_encoder; this run was trained on stored features. Set one.")
+            raise ValueError(
+                "Captions need a text encoder, and this run has none: it was trained on stored features. Name one as"
+                " module.text_encoder in its config.yaml, the one that made them."
+            )
         if self._encoder is None:
             self._encoder = self._make()
             if self._encoder.length != self.length:

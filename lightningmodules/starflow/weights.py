@@ -83,7 +83,11 @@ def read_start(path: str) -> dict[str, Tensor]:
             found = torch.load(file, map_location="cpu", weights_only=True)
         state = {key.removeprefix("net."): value.float() for key, value in translate(found).items()}
         infer(state)
-    except (SafetensorError, RuntimeError, EOFError, OSError, AttributeError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"module.start={path} holds something else than tensors, or is damaged; nothing in it was executed."
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"module.start={path} cannot be read as named tensors: {reason}") from error
     except ValueError as error:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from datamodules.writer import DatasetWriter
 from lightningmodules.cadd.network import CaddNet
 from platform import cli, config
 from platform.assemble import blueprint
@@ -121,3 +122,31 @@ def test_checkpoints_that_are_none_are_refused(
     assert "(5,000 bytes) cannot be read as weights" in said
     assert not (tmp_path / "in").exists()
     assert not (tmp_path / "sprung").exists()
+
+
+# ---- mistakes ----
+
+
+def test_mistakes_are_told_in_one_message(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, rest = runs / "mdlm_copy-tiny", ["--tiny", *QUIET, f"runs={tmp_path}"]
+    absent = "data.tokenizer={_target_: datamodules.tokenizers.Pretrained, folder: /nowhere}"
+    with DatasetWriter(tmp_path / "texts", dataset="x", licence="x", sources={}) as writer:
+        samples = [{"__key__": f"{i:03d}", "txt": b"" if i == 3 else b"abcab"} for i in range(8)]
+        writer.write("train", samples, per_shard=8)
+    assert cli.main(["weights", "export", str(run), "--out", str(tmp_path / "weights")]) == 0
+    own = [f"data.root={tmp_path / 'texts'}", "data.source=null", "data.val=null", "data.mode=padded", "data.member=txt"]
+    for message, words in (
+        ("module.codec.vocabulary=100, but data.tokenizer has 8 tokens",
+         ["fit", "mdlm_copy", "module.codec.vocabulary=100", *rest]),
+        ("know 9 tokens, mask included; the tokenizer of this run makes 18",
+         ["fit", "mdlm_digits", "--tiny", f"module.start={tmp_path / 'weights'}", rest[-1]]),
+        ("data.tokenizer.folder=/nowhere: expected tokenizer.json", ["fit", "mdlm_copy", absent, *rest]),
+        ("The row 003 has no token that could be masked", ["fit", "mdlm_copy", *own, *rest]),
+        ("--prompt has 17 tokens, and a sample of this model has 16", ["sample", run, "--prompt", "a" * 17]),
+        ("'z' (U+007A) is not in the alphabet of 8 characters", ["sample", run, "--prompt", "az"]),
+        ("sampling.block=-3: expected positions per block", ["sample", run, "block=-3"]),
+        ("sampling.steps=2 is fewer than one per block", ["sample", run, "block=4", "steps=2"]),
+    ):  # fmt: skip
+        said = refused(capsys, *words)
+        assert message in said
+        assert "Traceback" not in said

@@ -1,6 +1,5 @@
 """The formulas of CADD: against simulation, against the exact oracle, and at their limits."""
 
-import types
 from collections.abc import Callable
 
 import pytest
@@ -8,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lightningmodules.cadd import process
-from lightningmodules.cadd.oracle import Oracle
-from lightningmodules.cadd.sampler import Denoiser, LatentMotion, guided, shadow_layout
+from lightningmodules.cadd.oracle import ExactDenoiser, Oracle
+from lightningmodules.cadd.sampler import LatentMotion, guided, shadow_layout
 from lightningmodules.shared.masking import LogLinear, Power
 from lightningmodules.shared.samplers.masked import Draw, Plan, reveal
 
@@ -29,34 +28,10 @@ class Batched:
         return torch.rand(self.rows, *shape, dtype=dtype, generator=self.generator)
 
 
-class Exact(Denoiser):
-    """The sampler's view of the exact oracle."""
-
-    def __init__(self, oracle: Oracle, rows: int, motion: LatentMotion | None, length: int) -> None:
-        embedding = types.SimpleNamespace(embedding=oracle.table)
-        net = types.SimpleNamespace(vocab_embed=embedding, hidden=oracle.table.shape[1])
-        super().__init__(
-            net,  # type: ignore[arg-type]
-            mask_id=oracle.vocabulary,
-            schedule=LogLinear(),
-            gamma=LogLinear(),
-            noise=Batched(rows),
-            shape=(rows, length),
-            latent="off" if motion is None else "on",
-            motion=motion,
-            table=oracle.table.float(),
-        )
-        self.oracle = oracle
-
-    def predict(self, tokens: Tensor, where: Tensor, t: Tensor) -> Tensor:
-        latent = None if self.latent == "off" else self.z[:, :, 0].double()
-        return self.oracle.log_probs(tokens, latent, self.gamma.keep(t))[where]
-
-
 def drawn(oracle: Oracle, estimator: str | None, steps: int, rows: int) -> Tensor:
     length = oracle.states.shape[1]
     motion = None if estimator is None else LatentMotion(estimator)  # type: ignore[arg-type]
-    model = Exact(oracle, rows, motion, length)
+    model = ExactDenoiser(oracle, Batched(rows), (rows, length), motion)
     blank = torch.full((rows, length), oracle.vocabulary)
     plan = Plan(LogLinear(), steps)
     return reveal(model, blank, torch.ones_like(blank, dtype=torch.bool), model.noise, plan, Draw()).tokens

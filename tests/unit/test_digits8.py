@@ -54,7 +54,9 @@ def test_every_digit_is_there_once_and_lossless(digits: Path) -> None:
 
 def test_index_tells_the_truth(digits: Path) -> None:
     indices = [f"{shard}.idx.npz" for shard in SHARDS]
-    assert sorted(path.name for path in digits.iterdir()) == sorted(["index.json", *SHARDS, *indices])
+    assert sorted(path.name for path in digits.iterdir()) == sorted(
+        ["index.json", "overview.safetensors", *SHARDS, *indices]
+    )
     assert check(digits).problems == []
     index = catalogue.read(digits)
     assert index is not None

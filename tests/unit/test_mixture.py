@@ -197,6 +197,9 @@ def test_concatenated_sources_are_numbered_through() -> None:
     assert source.classes == [{0: 3}, {0: 2}, {10: 1}, {10: 4}]
     assert source.health() == {"cache_hits": 4.0}
     assert source.fingerprint != Concatenated({"a": source.sources["b"], "b": source.sources["a"]}).fingerprint
+    samples = np.array([9, 0, 5, 4, 6])
+    assert source.keys_at(samples) == [source.key(sample) for sample in samples]
+    assert source.sizes_at(samples, "").tolist() == [14, 0, 10, 4, 11]
     source.expect(np.array([9, 1]))
     assert [part.expected for part in source.sources.values()] == [[1], [14]]  # type: ignore[attr-defined]
 

@@ -9,6 +9,7 @@ import pytest
 from datamodules.mixture import shares_of
 from datamodules.order import Ints, Order
 from datamodules.packing import MixedRows, Pieces, RowLookup, Rows, best_fit
+from datamodules.textrows import ShuffledRows
 
 
 def filled(lookup: RowLookup, positions: Ints) -> Ints:
@@ -53,6 +54,40 @@ def test_concat_cuts_the_endless_stream_of_documents() -> None:
         for lookup in (rows, Rows(order, lengths.__getitem__, width, "concat")):
             places = draw.integers(0, count, 12)
             np.testing.assert_array_equal(filled(lookup, places), grid[places])
+
+
+def test_far_rows_of_the_stream_are_found_without_going_there() -> None:
+    draw = np.random.default_rng(4)
+    for _ in range(10):
+        order, lengths, width = random_case(draw)
+        texts = np.concatenate(lengths)
+        tokens = int(texts.sum())
+        for position in (10**12, 0, 10**6):
+            epoch, skipped = divmod(position * width, tokens)
+            epochs = range(epoch, epoch + 2 + 3 * width // tokens)
+            _, samples = order(np.arange(epochs[0] * order.total, (epochs[-1] + 1) * order.total))
+            stream = np.concatenate([np.stack([np.full(texts[s], s), np.arange(texts[s])], 1) for s in samples])
+            grid = filled(Rows(order, lengths.__getitem__, width, "concat"), position + np.arange(3))
+            expected = stream[skipped : skipped + 3 * width]
+            np.testing.assert_array_equal(grid.reshape(-1, 3)[:, 1:], expected)
+
+
+@pytest.mark.parametrize("mode", ["concat", "pack", "padded"])
+def test_far_rows_are_those_that_walking_there_finds(mode: str) -> None:
+    lengths = [np.random.default_rng(shard).integers(0, 40, 30 + shard) for shard in range(7)]
+
+    def rows() -> RowLookup:
+        made = Rows(Order([len(part) for part in lengths], 5, 2), lengths.__getitem__, 16, mode)
+        return ShuffledRows(made) if mode == "concat" else made
+
+    walker, places, step = rows(), np.array([0, 50_000, 99_999, 100_000]), 1000
+    for begin in range(0, 101_000, step):
+        walked = walker(np.arange(begin, begin + step))
+        for place in places[places // step == begin // step]:
+            here = walked.row == place - begin
+            found = rows()(place[None])
+            for left, right in zip(found[1:], walked[1:], strict=True):
+                np.testing.assert_array_equal(left, right[here])
 
 
 @pytest.mark.parametrize("mode", ["pack", "padded"])

@@ -304,11 +304,21 @@ def test_addresses(tmp_path: Path) -> None:
 def test_index_files_are_fetched_for_plans(server: Server, folder: Path) -> None:
     for path in sorted(folder.glob("*.tar")):
         tarindex.write_sidecar(path, tarindex.scan(path), {"shape": np.full((30, 2), 8)})
+    for fetched in (1, 0):
+        source = opened(server.url)
+        for shard in range(6):
+            assert source.measured(shard, "shape", lambda members: (0, 0), 2).tolist() == [[8, 8]] * 30
+            assert source.sizes(shard, "cls").tolist() == [1] * 30
+        source.close()
+        assert server.requests.pop("overview.safetensors", 0) == fetched  # all of them together, once
+        assert not any(name.endswith(".npz") for name in server.requests)
+    (folder / "overview.safetensors").unlink()
+    for cached in (folder.parent / "cache").rglob("*.safetensors"):
+        cached.unlink()
     source = opened(server.url)
-    for shard in range(6):
-        assert source.measured(shard, "shape", lambda members: (0, 0), 2).tolist() == [[8, 8]] * 30
-        assert source.sizes(shard, "cls").tolist() == [1] * 30
+    assert source.measured(5, "shape", lambda members: (0, 0), 2).tolist() == [[8, 8]] * 30
     source.close()
+    assert sum(name.endswith(".npz") for name in server.requests) == 6
     (folder / "index.json").unlink()
     source = opened(server.url)
     assert source.counts.tolist() == [30] * 6

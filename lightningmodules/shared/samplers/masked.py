@@ -123,6 +123,11 @@ class Drawn(NamedTuple):
     evaluations: Tensor
 
 
+def _check_block(block: int) -> None:
+    if block < 0:
+        raise ValueError(f"sampling.block={block}: expected positions per block, or 0 for all at once.")
+
+
 @dataclass(frozen=True)
 class Plan:
     """When and which positions are revealed.
@@ -158,6 +163,7 @@ class Plan:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"sampling.steps={self.steps}: expected at least one step, e.g. sampling.steps=32.")
+        _check_block(self.block)
         if self.remask != "none" and self.order != "ancestral":
             raise ValueError(
                 f"sampling.remask={self.remask} goes with sampling.order=ancestral, not {self.order}: only there is it"
@@ -370,6 +376,7 @@ class Wino:
     verify: float = 0.9
 
     def __post_init__(self) -> None:
+        _check_block(self.block)
         for name in ("draft", "verify"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
