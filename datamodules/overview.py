@@ -194,7 +194,11 @@ def describe(folder: Path, shards: Mapping[str, ShardEntry]) -> None:
         for title in titles:
             if title.startswith(SIZE):  # a shard without such members
                 columns.setdefault(title, np.zeros(shards[name].samples, dtype=np.int64))
-    complete = [title for title in titles if len({columns.get(title, _NONE).shape[1:] for columns in found.values()}) == 1]
+    shapes = {
+        title: {columns[title].shape[1:] if title in columns else None for columns in found.values()}
+        for title in titles
+    }
+    complete = [title for title in titles if len(shapes[title]) == 1]  # all shards have it, and alike
     if complete:
         listed = [(name, shards[name].sha256) for name in found]
         write(folder / FILE_NAME, listed, {title: [columns[title] for columns in found.values()] for title in complete})
@@ -265,7 +269,8 @@ def _header(path: Path) -> _Header:
         for name, entry in listed.items():
             kind, shape = _KINDS[entry["dtype"]], tuple(entry["shape"][1:])
             begin, step = _LENGTH + size + entry["data_offsets"][0], kind.itemsize * math.prod(shape)
-            columns[name] = _Column(begin, kind, shape, step, about["sums"][name])
+            if len(sums := about["sums"][name]) == len(shards):
+                columns[name] = _Column(begin, kind, shape, step, sums)
     except Exception:  # absent, unreadable or half copied: index files and shards are the truth
         return _Header({}, {})
     return _Header(shards, columns)

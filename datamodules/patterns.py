@@ -146,7 +146,7 @@ def _nothing_found(text: str, root: Path, setting: str) -> str:
     names = sorted(
         entry.name
         for entry in folder.iterdir()
-        if not entry.name.startswith(".") and not entry.name.endswith(".idx.npz")
+        if not entry.name.startswith(".") and not entry.name.endswith((".idx.npz", ".safetensors"))
     )
     close = difflib.get_close_matches(Path(text).name, names, n=3, cutoff=0.4) or names[:3]
     there = f"Nearest names there: {', '.join(close)}." if close else "The folder is empty."

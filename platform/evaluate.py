@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     if args.problems:
         solve.run(module, settings, args, root / FOLDER / f"step_{module.updates:09d}")
         return 0
-    file = root / FOLDER / f"step_{module.updates:09d}" / METRICS
+    drawn_by = f"_decoder-{Path(args.decoder).name}" if args.decoder else ""
+    file = root / FOLDER / f"step_{module.updates:09d}{drawn_by}" / METRICS
     before = len(file.read_text().splitlines()) if file.is_file() else 0
     measure(module, cfg, settings, args.n, file)
     rows = [json.loads(line) for line in file.read_text().splitlines()[before:]] if file.is_file() else []

@@ -1,9 +1,11 @@
 """Speed of the data layer beside its limits and beside the usual loaders, on the same bytes in the same run."""
 
 import argparse
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +16,7 @@ from datamodules.images import Images
 
 SMALL = 64  # pixels to which the second image table shrinks
 
-_BARE, _BARE_TWICE = _LIMITS = ("bare loop", "bare loop, 2 processes at once")
+_BARE, _BARE_TWICE = "bare loop", "bare loop, 2 processes at once"
 _WEBDATASET = "webdataset, PIL and transforms"
 _PROCESSES = {0: "no process", 1: "1 process", 2: "2 processes"}
 
@@ -63,15 +65,15 @@ def images(report: Report, args: argparse.Namespace) -> None:
     for size in dict.fromkeys((args.size, min(SMALL, args.size))):
         name = "decode" if size == args.size else f"decode and shrink to {size}"
         report.title(f"images, {name}", "images")
-        contenders = _limits(sets.files(folder), blobs, args.size, size)
-        if args.rivals != "none":
-            contenders += _usual_loaders(folder, classes, len(blobs), size)
+        loaders = {} if args.rivals == "none" else _usual_loaders(folder, classes, len(blobs), size)
         for other, loader in others.items():
-            contenders += [
-                Contender(f"{other}, {_PROCESSES[count]}", functools.partial(rivals.samples, loader(folder, size, count)))
-                for count in _PROCESSES
-            ]
-        report.race(contenders + _ours(folder, len(blobs), args.size, size, [c.name for c in contenders]), args.repeats)
+            loaders |= {f"{other}, {words}": loader(folder, size, count) for count, words in _PROCESSES.items()}
+        contenders = [
+            *_limits(sets.files(folder), blobs, args.size, size),
+            *(Contender(name, functools.partial(rivals.samples, loader)) for name, loader in loaders.items()),
+            *_ours(folder, len(blobs), args.size, size, list(loaders)),
+        ]
+        report.race(contenders, args.repeats)
 
 
 def _limits(paths: list[Path], blobs: list[bytes], source: int, size: int) -> list[Contender]:
@@ -85,10 +87,10 @@ def _limits(paths: list[Path], blobs: list[bytes], source: int, size: int) -> li
     ]
 
 
-def _usual_loaders(folder: Path, classes: Path, images: int, size: int) -> list[Contender]:
+def _usual_loaders(folder: Path, classes: Path, images: int, size: int) -> dict[str, Any]:
     paths = sets.files(folder)
     few = paths[: max(1, len(paths) // 4)]  # the slow ones read a quarter
-    loaders = {
+    return {
         _WEBDATASET: rivals.webdataset_usual(few, size),
         f"{_WEBDATASET}, 2 processes": rivals.in_processes(rivals.webdataset_usual(paths, size), 2),
         "webdataset, same decoder": rivals.webdataset_fast(paths, size),
@@ -97,7 +99,6 @@ def _usual_loaders(folder: Path, classes: Path, images: int, size: int) -> list[
         "ImageFolder, same decoder": rivals.folder_fast(classes, size, 0),
         "ImageFolder, same decoder, 2 processes": rivals.folder_fast(classes, size, 2),
     }
-    return [Contender(name, functools.partial(rivals.samples, loader)) for name, loader in loaders.items()]
 
 
 def _ours(folder: Path, images: int, source: int, size: int, others: list[str]) -> list[Contender]:
@@ -111,14 +112,10 @@ def _ours(folder: Path, images: int, source: int, size: int, others: list[str]) 
         batches = Batches(data, images // BATCH)
         return Contender(name, batches, goals, after=batches.close)
 
-    alone: dict[str, float] = {}
-    in_two: dict[str, float] = {}
-    for other in others[len(_LIMITS) :]:
-        if other.endswith(_PROCESSES[2]):
-            # what is wanted beside the usual way is wanted at full size
-            in_two[f"wall:{other}"] = 10.0 if other.startswith(_WEBDATASET) and size == source else 1.0
-        else:
-            alone[other] = 1.0
+    alone = {other: 1.0 for other in others if not other.endswith((_PROCESSES[1], _PROCESSES[2]))}
+    in_two = {f"wall:{other}": 1.0 for other in others if other.endswith(_PROCESSES[2])}
+    if size == source and others:  # at the smaller size resizing, the same for all, takes a large share
+        in_two[f"wall:{_WEBDATASET}, {_PROCESSES[2]}"] = 10.0
     return [
         ours("ours, no thread", 0, {_BARE: 0.9}),
         ours("ours, 1 thread", 1, {_BARE: 0.9}),
@@ -135,6 +132,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="timings of each, the median counts (default: 5)")
     parser.add_argument("--quick", action="store_true", help="512 images and 2 repeats")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    kinds = "others: webdataset and ImageFolder, also all installed ones of %s, or none (default: usual)"
+    names = ", ".join(dict.fromkeys(package.install for package in packages.PACKAGES))
+    parser.add_argument("--rivals", choices=("usual", "all", "none"), default="usual", help=kinds % names)
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a goal is missed")
     args = parser.parse_args(argv)
     if args.quick:

@@ -137,12 +137,14 @@ def _hf_iterable(datasets: Any, shards: Path, size: int, workers: int) -> Any:
 
 def _hf_parquet(datasets: Any, shards: Path, size: int, workers: int) -> Any:
     def write(folder: Path) -> None:
+        datasets.disable_progress_bars()
         data = datasets.load_from_disk(str(_arrow(datasets, shards)))
         folder.mkdir()
         for number in range(sets.SHARDS):
             data.shard(sets.SHARDS, number, contiguous=True).to_parquet(folder / f"{number:05d}.parquet")
 
     files = str(_converted(shards, "parquet", write) / "*.parquet")
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # seconds at each end of an epoch, which are not its speed
     data = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
     data = data.shuffle(seed=0, buffer_size=_BUFFER)
     return DataLoader(data, BATCH, collate_fn=_Decode(size), **_workers(workers))
@@ -153,6 +155,7 @@ def _arrow(datasets: Any, shards: Path) -> Path:
         features = datasets.Features({"image": datasets.Value("binary"), "class": datasets.Value("int64")})
         given = {"shards": shards}
         cache = folder.with_name(f"{folder.name}-cache")
+        datasets.disable_progress_bars()
         data = datasets.Dataset.from_generator(_rows, features, gen_kwargs=given, cache_dir=str(cache))
         data.save_to_disk(str(folder), num_shards=sets.SHARDS)
         shutil.rmtree(cache)

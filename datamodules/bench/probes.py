@@ -1,6 +1,6 @@
 """What can only be measured in a process of its own: the first batch after a cold start, and memory.
 
-Run as ``python -m datamodules.probes first|memory '{settings}'``; prints one line of JSON.
+Run as ``python -m datamodules.bench.probes first|memory '{settings}'``; prints one line of JSON.
 """
 
 import gc

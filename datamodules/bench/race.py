@@ -135,7 +135,7 @@ class Batches:
 
 
 def _cpu() -> float:
-    """CPU seconds of this process with its threads, and of its child processes, those that live and those that ended."""
+    """CPU seconds of this process with its threads, and of its child processes, running or ended."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     living = 0.0
     for child in multiprocessing.active_children():

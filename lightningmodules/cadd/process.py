@@ -14,6 +14,7 @@ from torch import Tensor
 Estimator = Literal["hard", "soft", "sampled"]
 Path = Literal["vp", "flow"]
 LEAST = 1e-6  # of the noise share that is divided by
+PART, FEW_PARTS = 256, 4  # of a row in which a maximum is looked for, and how many make it worth while
 
 
 class Step(NamedTuple):
@@ -153,7 +154,7 @@ def estimate(
     Source: arXiv 2510.01329, hard and soft estimates; "sampled" is exact for a single token at any number of steps.
     """
     if kind == "hard":
-        return table[log_probs.argmax(dim=-1)]
+        return table[likeliest(log_probs)]
     index = None
     if top_k and top_k < log_probs.shape[-1]:
         log_probs, index = log_probs.topk(top_k, dim=-1)
@@ -167,6 +168,24 @@ def estimate(
     drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(-1), right=True)
     drawn = drawn.clamp(max=probs.shape[-1] - 1)
     return table[(drawn if index is None else index.gather(1, drawn)).squeeze(-1)]
+
+
+def likeliest(log_probs: Tensor) -> Tensor:
+    """``argmax`` of every row, (N, V) to (N,): the first of the largest.
+
+    On CPUs a maximum is found five times faster than its place, so that is looked for in one part of a row only.
+    """
+    rows, width = log_probs.shape
+    parts = width // PART
+    if log_probs.device.type != "cpu" or parts < FEW_PARTS or not rows:
+        return log_probs.argmax(dim=1)
+    blocks = log_probs[:, : parts * PART].unflatten(1, (parts, PART))
+    most, part = blocks.amax(dim=2).max(dim=1)
+    place = part * PART + blocks[torch.arange(rows), part].argmax(dim=1)
+    if width > parts * PART:
+        rest, behind = log_probs[:, parts * PART :].max(dim=1)
+        place = torch.where(rest > most, parts * PART + behind, place)
+    return place
 
 
 def step_bound(flip: Tensor, keep: Tensor, weight: Tensor, cross_entropy: Tensor, squared_error: Tensor) -> Tensor:

@@ -232,7 +232,7 @@ class Denoiser:
         assert self.table is not None
         motion = self.motion
         if motion.estimator == "hard":  # the likeliest of all that were predicted: cheaper than a copy of some
-            return self.table[log_probs.argmax(dim=1)[kept]]
+            return self.table[process.likeliest(log_probs)[kept]]
         uniform = None
         if motion.estimator == "sampled":
             uniform = self.noise.uniform(length, dtype=torch.float64).to(self.device).flatten()[at]

@@ -103,8 +103,8 @@ def _measure(net: StarFlowNet, timer: InTurn, args: argparse.Namespace, tokens: 
         last, _, scales = plain.forward(image, y)
         return 0.5 * last.square().mean() + torch.stack([scale.mean() for scale in scales]).sum()
 
-    theirs = training_step(net, plain_loss, fused=False) if whole else None
-    rows.append(_row("training step", timer, training_step(net, our_loss, fused=True), theirs))
+    step, slow = (training_step(net, loss, fused=loss is our_loss) for loss in (our_loss, plain_loss))
+    rows.append(_row("training step", timer, step, slow if whole else None))
     return rows
 
 

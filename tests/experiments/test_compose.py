@@ -76,7 +76,8 @@ def test_every_hardware_goes_with_the_quickstart(choice: str) -> None:
 @pytest.mark.parametrize("choice", groups()["data"])
 def test_every_data_file_composes(choice: str) -> None:
     using = [name for name in NAMES if f"data: {choice}\n" in (EXPERIMENTS / f"{name}.yaml").read_text()]
-    fitting = {"unicode_names": "causal_pydoc", "digits8_latents": "starflow_digits_latent"}  # offered, but no experiment's own
+    # offered, but no experiment's own
+    fitting = {"unicode_names": "causal_pydoc", "digits8_latents": "starflow_digits_latent"}
     cfg = composed((using or [fitting.get(choice, "quickstart")])[0], False, f"data={choice}")
     module, _, name = cfg.data._target_.rpartition(".")
     assert callable(getattr(importlib.import_module(module), name))

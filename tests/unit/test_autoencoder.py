@@ -1,6 +1,8 @@
 """The autoencoder: diffusers' names and sizes, files, tiles; and the losses that train it."""
 
 import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from lightningmodules.autoencoder import process
 from lightningmodules.autoencoder.module import Autoencoder
-from lightningmodules.autoencoder.network import VGG, Lpips, PatchCritic, RandomFeatures
+from lightningmodules.autoencoder.network import VGG, ConvNext, Lpips, PatchCritic, RandomFeatures, Together
 from lightningmodules.shared.autoencoder import FAMILIES, AutoencoderKL, load, save, translate
 from lightningmodules.shared.codecs import Latents, Pixels
 
@@ -168,6 +170,10 @@ def test_only_the_decoder_learns_from_noisy_latents(tmp_path: Path) -> None:
     vae.loss(batch())["loss"].backward()
     assert vae.net.encoder.conv_in.weight.grad is None
     assert vae.net.decoder.conv_in.weight.grad is not None
+    again = vae.reconstruct(batch())[1]  # of noisy latents, always the same ones
+    assert torch.equal(again, vae.reconstruct(batch())[1])
+    vae.latent_noise = 0.0
+    assert not torch.allclose(again, vae.reconstruct(batch())[1])
 
 
 def test_it_learns_to_give_pictures_back() -> None:
@@ -210,6 +216,97 @@ def test_lpips_reads_the_usual_files(tmp_path: Path) -> None:
         Lpips(str(tmp_path / "none"), str(tmp_path / "heads.safetensors"))
     with pytest.raises(ValueError, match="is no VGG-16"):
         Lpips(str(tmp_path / "heads.safetensors"), str(tmp_path / "heads.safetensors"))
+
+
+def test_convnext_compares_answers_or_features(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.ConvNextConfig(hidden_sizes=[4, 4, 4, 8], depths=[1, 1, 1, 1], num_labels=5)
+    torch.manual_seed(0)
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    y = (x + 0.2 * torch.randn_like(x)).requires_grad_()
+    for model in (transformers.ConvNextForImageClassification(config), transformers.ConvNextModel(config)):
+        model.eval().save_pretrained(tmp_path / "net")
+        judge = ConvNext(str(tmp_path / "net")).eval()
+        assert judge(x, x) == 0
+        distance = judge(x, y)
+        assert torch.autograd.grad(distance, y)[0].abs().sum() > 0
+        shown = [  # bilinear to 224 pixels, normalised as ImageNet's
+            nn.functional.interpolate((part / 2 + 0.5), 224, mode="bilinear", antialias=True) for part in (x, y)
+        ]
+        mean, spread = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        said = [model((part - mean) / spread) for part in shown]
+        answers = [one.logits if "logits" in one else one.pooler_output for one in said]
+        torch.testing.assert_close(distance, nn.functional.mse_loss(*answers))
+    both = Together([partial(ConvNext, str(tmp_path / "net")), partial(RandomFeatures, 3)], [0.1, 2.0])
+    torch.testing.assert_close(both(x, y), 0.1 * distance + 2 * RandomFeatures(3)(x, y))
+    with pytest.raises(ValueError, match="expected one weight >= 0 for each"):
+        Together([RandomFeatures], [1.0, 0.1])
+    with pytest.raises(ValueError, match="holds no ConvNeXt"):
+        ConvNext(str(tmp_path))
+
+
+def test_a_decoder_takes_another_one_s_place(tmp_path: Path) -> None:
+    """Also from the layout in which the authors would save theirs."""
+    net = SMALL()
+    save(net, tmp_path / "vae")
+    tuned = SMALL()
+    tuned.load_state_dict(net.state_dict())
+    tuned.state_dict()["decoder.conv_out.bias"].add_(1)
+    theirs = {
+        "encoder.": "encoder.0.",
+        "quant_conv": "encoder.1",
+        "post_quant_conv": "decoder.0",
+        "decoder.": "decoder.1.",
+    }
+    state = {
+        next(new + key.removeprefix(old) for old, new in theirs.items() if key.startswith(old)): value
+        for key, value in tuned.state_dict().items()
+    }
+    torch.save(state, tmp_path / "tuned.pth")
+    codec = Latents(4, 2, weights=str(tmp_path / "vae"), decoder=str(tmp_path / "tuned.pth"))
+    z = torch.randn(1, 2, 4, 4)
+    torch.testing.assert_close(codec.autoencoder.decode(z), net.decode(z) + 1)
+    net.state_dict()["encoder.conv_in.bias"].add_(1)
+    save(net, tmp_path / "other")
+    with pytest.raises(ValueError, match="Take a decoder that was fine-tuned with this encoder"):
+        codec.use_decoder(str(tmp_path / "other"))
+    (tmp_path / "trap.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(ValueError, match="holds something else than tensors"):
+        codec.use_decoder(str(tmp_path / "trap.pth"))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_one_critic(tmp_path: Path) -> None:
+    """Autoencoder and critic are sharded alike, so no rank goes its own way."""
+    words = ["trainer.devices=2", "trainer.max_steps=4", "module.critic_weight=0.1", f"runs={tmp_path}"]
+    command = [sys.executable, "-m", "platform", "fit", "vae_digits", "--tiny", *words]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "complete at step 4" in done.stdout + done.stderr
+
+
+def test_stored_latents_must_be_the_codec_s(tmp_path: Path) -> None:
+    net = SMALL()
+    save(net, tmp_path)
+    card = {"shape": [4, 4, 4], "encoder": net.fingerprint(), "scale": 0.3611, "shift": 0.1159}
+    codec = Latents(4, 2, weights=str(tmp_path), family="flux")
+    assert (codec.scale, codec.shift) == FAMILIES["flux"]
+    codec.check(card)
+    codec.check({**card, "shift": None})
+    with pytest.raises(ValueError, match=r"Type module\.codec\.scale=0\.3611 module\.codec\.shift=0\.1159"):
+        Latents(4, 2, weights=str(tmp_path)).check(card)
+    with pytest.raises(ValueError, match=r"Type module\.codec\.channels=2 module\.codec\.size=4"):
+        Latents(8, 2, weights=str(tmp_path), family="flux").check(card)
+    with pytest.raises(ValueError, match="come from the encoder another"):
+        Latents(4, 2, weights=str(tmp_path), family="flux").check({**card, "encoder": "another"})
+    late = Latents(4, 2, weights=str(tmp_path / "later"), family="flux")
+    late.check({**card, "encoder": "another"})  # compared as soon as the weights are there
+    save(net, tmp_path / "later")
+    with pytest.raises(ValueError, match="come from the encoder another"):
+        late.decode(torch.zeros(1, 2, 4, 4))
+    with pytest.raises(ValueError, match=r"module\.codec\.family='sd9': expected one of sd, sdxl, sd3, flux"):
+        Latents(4, 2, family="sd9")  # type: ignore[arg-type]
 
 
 def test_mistakes_are_named() -> None:

@@ -117,6 +117,14 @@ def test_estimates() -> None:
         assert guess.argmax() == token
 
 
+@pytest.mark.parametrize("width", [5, 1023, 1024, 2100])
+def test_the_likeliest_is_the_first_of_the_largest(width: int) -> None:
+    values = torch.randint(6, (40, width), generator=torch.Generator().manual_seed(width)).float()
+    assert torch.equal(process.likeliest(values), values.argmax(dim=1))
+    values[:, -1] = 9.0
+    assert torch.equal(process.likeliest(values), torch.full((40,), width - 1))
+
+
 def test_radius_and_rows() -> None:
     assert [round(process.latent_radius(size), 2) for size in (50257, 256, 27)] == [4.65, 3.33, 2.57]
     assert process.latent_radius(27, 1.5) == 1.5

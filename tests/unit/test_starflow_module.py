@@ -238,6 +238,15 @@ def test_inpainting_leaves_the_rest_alone() -> None:
     assert accepted.shape == (2,)
     with pytest.raises(ValueError, match="the mask bool of shape"):
         starflow.inpaint(data, missing.float(), [1, 2])
+    with pytest.raises(ValueError, match="the mask bool of shape"):
+        starflow.inpaint(data, missing[..., :3], [1, 2])
+    latent = room("label", latents())
+    picture = {"image": torch.zeros(1, 1, 8, 8, dtype=torch.uint8)}
+    wide = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    wide[..., 3, 5] = True  # one pixel makes its latent one missing
+    x, _ = latent.inpaint(picture, wide, [1], iterations=2, jacobi_window=4)
+    changed = (x != latent.codec.encode(picture)).any(dim=1)[0]
+    assert changed.nonzero().tolist() == [[1, 2]]
 
 
 def test_pictures_of_another_shape() -> None:
@@ -250,6 +259,12 @@ def test_pictures_of_another_shape() -> None:
     codec = latents(any_shape=True)
     bucket = {"image": torch.zeros(2, 1, 4, 16, dtype=torch.uint8), "label": torch.tensor([0, 1])}
     assert room("label", codec).train().loss(bucket)["loss"].isfinite()
+    x, again = room("label", codec).reconstruct(bucket)
+    assert x.shape == (2, 3, 2, 8)
+    torch.testing.assert_close(x, again, atol=2e-5, rtol=0)
+    said = starflow.caption(["three"], aspect="4:1").text
+    assert said is not None
+    torch.testing.assert_close(said, RandomBytes(16, 6, layers=1).encode(["three4:1"])[0])
     assert process.aspect_size("16:9", 32, 1) == (24, 43)
     assert process.aspect_size("2:3", 512, 8) == (624, 416)
     assert process.nearest_ratio(24, 43) == "16:9"

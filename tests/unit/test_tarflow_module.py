@@ -118,6 +118,15 @@ def test_variance_follows_training_updates() -> None:
     assert not tarflow._moments  # validation leaves the prior alone
 
 
+@pytest.mark.parametrize("options", [{}, {"nvp": False}, {"classes": 0, "noise_type": "uniform"}])
+def test_what_goes_through_the_flow_comes_back(options: dict[str, object]) -> None:
+    tarflow = room(**options)  # type: ignore[arg-type]
+    tarflow.net.var.mul_(1.5 if "nvp" in options else 1.0)
+    x, again = tarflow.reconstruct(batch())
+    assert x.shape == (6, 1, 8, 8)
+    torch.testing.assert_close(x, again, atol=2e-5, rtol=0)
+
+
 def test_a_sample_is_a_function_of_its_seed_and_label() -> None:
     tarflow, labels = room(), Condition(label=torch.tensor([0, 1, 2, -1]))
     whole = tarflow.sample([5, 6, 7, 8], labels, guidance=1.5)

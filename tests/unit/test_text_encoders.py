@@ -53,6 +53,19 @@ def test_families(folders, family):
     assert encoder.fingerprint != Pretrained(str(folders / family), length=7).fingerprint
 
 
+def test_embeddings_are_what_a_language_model_s_first_layer_reads(folders):
+    encoder = Pretrained(str(folders / "gemma"), length=8, states="embeddings")
+    features, mask = encoder.encode(["a handwritten seven", ""])
+    model, tokenizer = encoder._load()
+    tokens = tokenizer(["a handwritten seven"], return_tensors="pt")
+    read = model(**tokens, output_hidden_states=True).hidden_states[0][0]
+    torch.testing.assert_close(features[0, : len(read)], read)
+    assert not features[~mask].any()
+    assert encoder.fingerprint != Pretrained(str(folders / "gemma"), length=8).fingerprint
+    with pytest.raises(ValueError, match="expected last, or embeddings of a Gemma"):
+        Pretrained(str(folders / "t5"), states="embeddings")
+
+
 def test_missing_files(tmp_path, folders):
     with pytest.raises(ValueError, match="no such folder"):
         Pretrained(str(tmp_path / "none"))
