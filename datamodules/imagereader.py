@@ -15,7 +15,7 @@ from datamodules.bad import BadSamples
 from datamodules.loader import Buffers
 from datamodules.order import Ints, Lookup, sample_bits
 from datamodules.source import BadSample, Source, place
-from datamodules.transforms import decode_into, picture_of
+from datamodules.transforms import Group, decode_into, picture_of
 
 Batch = dict[str, Any]
 Members = dict[str, bytes]
@@ -178,16 +178,19 @@ class Pictures:
         self._flip_seed = flip_seed
         self._mirrored = self._drawn(items.epochs, items.samples)
         self._pixels = buffers.take((len(items.positions), *shape, channels))
+        self._group = Group(buffers.take)
 
     def take(self, row: int, sample: int, members: Members) -> None:
         """Decode the image of one sample."""
         mirrored = self._mirrored[row]
         if sample != self._first[row]:  # a replacement draws for itself
             mirrored = self._drawn(self._epochs[row : row + 1], np.array([sample], dtype=np.int64))[0]
-        decode_into(picture_of(members), self._pixels[row], mirrored)
+            self._group.finish()  # what it replaces may wait there
+        decode_into(picture_of(members), self._pixels[row], mirrored, self._group)
 
     def entries(self) -> Batch:
         """The images."""
+        self._group.finish()
         batch: Batch = {"image": torch.from_numpy(self._pixels).permute(0, 3, 1, 2)}
         if self._ratio is not None:
             batch["bucket"] = self._ratio

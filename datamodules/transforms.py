@@ -5,7 +5,9 @@ were measured. ``data pack`` turns pictures upright when it writes them.
 """
 
 import io
+import math
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
@@ -24,9 +26,52 @@ _MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb
 _thread = threading.local()
 _RGB_FAMILY = ("RGB", "YCbCr", "Gray")
 _JPEG = b"\xff\xd8"
+_TOGETHER = 2**21  # bytes of pictures that are resized together, as much as a core's cache may hold
 
 
-def decode_into(data: bytes, out: Pixels, mirrored: bool = False) -> None:
+class Group:
+    """Pictures of one size, all to become one other size, that are resized in one step, bit for bit as one by one.
+
+    What the kernel prepares for a size it prepares once for all of them: an eighth faster for JPEG from 256 to 64 pixels.
+
+    Args:
+        memory: gives the memory of one shape in which they wait.
+    """
+
+    def __init__(self, memory: Callable[[tuple[int, ...]], Pixels]) -> None:
+        self._source = memory
+        self._memory: Pixels | None = None
+        self._shape = (0, 0, 0)
+        self._waiting: list[tuple[Pixels, bool]] = []
+
+    def room(self, shape: tuple[int, int, int]) -> Pixels | None:
+        """Memory for the next picture, which ``add`` follows; None where two of its size are too large to wait."""
+        size = math.prod(shape)
+        if shape != self._shape or (len(self._waiting) + 1) * size > _TOGETHER:
+            self.finish()
+            self._shape = shape
+        if 2 * size > _TOGETHER:
+            return None
+        if self._memory is None:
+            self._memory = self._source((_TOGETHER,))
+        begin = len(self._waiting) * size
+        return self._memory[begin : begin + size].reshape(shape)
+
+    def add(self, out: Pixels, reverse: bool) -> None:
+        """The picture that was written last belongs to ``out``, each row from its end if ``reverse``."""
+        self._waiting.append((out, reverse))
+
+    def finish(self) -> None:
+        """Put every picture that waits into its place."""
+        waiting, self._waiting = self._waiting, []
+        if self._memory is None or not waiting:
+            return
+        stack = self._memory[: len(waiting) * math.prod(self._shape)].reshape(-1, *self._shape)
+        for pixels, (out, reverse) in zip(_covering(stack, waiting[0][0].shape), waiting, strict=True):
+            _crop(pixels, out, reverse)
+
+
+def decode_into(data: bytes, out: Pixels, mirrored: bool = False, group: Group | None = None) -> None:
     """Decode one PNG, JPEG or WebP image, resize it until it just covers the output, and crop the centre.
 
     A JPEG of the right size is decoded in place. Transparency is dropped. Any other size is resampled (antialiased,
@@ -37,19 +82,22 @@ def decode_into(data: bytes, out: Pixels, mirrored: bool = False) -> None:
         data: the file's bytes.
         out: uint8 (height, width, channels) with 1 or 3 channels, contiguous; receives the pixels, 0..255.
         mirrored: swap left and right at the end.
+        group: where a picture to be resized may wait for others; then ``out`` is filled by ``group.finish``.
 
     Raises:
         ValueError: the bytes are not a readable image.
     """
-    decode = _decode_jpeg if data[:2] == _JPEG else _decode_other
     try:
-        pixels = decode(data, out, mirrored)
+        jpeg = data[:2] == _JPEG
+        pixels = _decode_jpeg(data, out, mirrored, group) if jpeg else _decode_other(data, out, mirrored)
     except UnidentifiedImageError as error:
         raise ValueError(f"not a readable image (unknown format, the first bytes are {data[:8]!r})") from error
     except Exception as error:  # decoders raise a dozen types for broken input
         raise ValueError(f"not a readable image ({type(error).__name__}: {error})") from error
+    if pixels is None:
+        return
     if pixels is not out:
-        _fit(pixels, out, mirrored)
+        _crop(_covering(pixels[None], out.shape)[0], out, mirrored)
 
 
 def shape_of(data: bytes) -> tuple[int, int]:
@@ -80,8 +128,11 @@ def picture_of(members: dict[str, bytes]) -> bytes:
     raise ValueError(f"no image among its members ({', '.join(members)})")
 
 
-def _decode_jpeg(data: bytes, out: Pixels, swapped: bool) -> Pixels:
-    """Pixels in the shape of the file, in ``out`` if that is right; the channels in reverse order if ``swapped``."""
+def _decode_jpeg(data: bytes, out: Pixels, swapped: bool, group: Group | None) -> Pixels | None:
+    """Pixels in the shape of the file, in ``out`` if that is right; the channels in reverse order if ``swapped``.
+
+    None if they wait in the group.
+    """
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     if colours not in _RGB_FAMILY:  # CMYK and YCCK, where simplejpeg differs from Pillow
         return _decode_other(data, out, swapped)
@@ -91,9 +142,16 @@ def _decode_jpeg(data: bytes, out: Pixels, swapped: bool) -> Pixels:
         return out
     if height * width > _MAX_PIXELS:
         raise ValueError(f"{width}x{height} pixels, more than {_MAX_PIXELS}")
-    pixels = _scratch(height * width * out.shape[2]).reshape(height, width, out.shape[2])
+    shape = (height, width, out.shape[2])
+    pixels = group.room(shape) if group is not None and shape != out.shape else None
+    if pixels is None:
+        pixels = _scratch(height * width * out.shape[2]).reshape(shape)
+        simplejpeg.decode_jpeg(data, colorspace=wanted, buffer=pixels)
+        return pixels
+    assert group is not None
     simplejpeg.decode_jpeg(data, colorspace=wanted, buffer=pixels)
-    return pixels
+    group.add(out, swapped)
+    return None
 
 
 def _scratch(size: int) -> Pixels:
@@ -117,19 +175,26 @@ def _decode_other(data: bytes, out: Pixels, swapped: bool) -> Pixels:
     return pixels[:, :, ::-1].copy() if swapped else pixels
 
 
-def _fit(pixels: Pixels, out: Pixels, reverse: bool) -> None:
-    """Resize so that the picture covers ``out`` without distortion, and copy the centre, each row from its end."""
-    rows, columns = out.shape[:2]
-    height, width = pixels.shape[:2]
+def _covering(pixels: Pixels, wanted: tuple[int, ...]) -> Pixels:
+    """Resize pictures (n, height, width, channels) so that they cover what is wanted without distortion."""
+    rows, columns = wanted[:2]
+    height, width = pixels.shape[1:3]
     # Truncation of the longer side and rounding of the crop are torchvision's, as the published recipes used.
     by_height = rows * width >= columns * height
     shape = (rows, rows * width // height) if by_height else (columns * height // width, columns)
-    if shape != (height, width):
-        # Only in this order does torch see that the channels come last, and use its kernel for that: 1.7 times as fast.
-        planes = torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)
-        planes = functional.interpolate(planes, shape, mode="bicubic", antialias=True)
-        pixels = planes[0].permute(1, 2, 0).numpy()
-    top, left = round((shape[0] - rows) / 2), round((shape[1] - columns) / 2)
+    if shape == (height, width):
+        return pixels
+    # Only in this order does torch see that the channels come last, and use its kernel for that: 1.7 times as fast.
+    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
+    planes = functional.interpolate(planes, shape, mode="bicubic", antialias=True)
+    resized: Pixels = planes.permute(0, 2, 3, 1).numpy()
+    return resized
+
+
+def _crop(pixels: Pixels, out: Pixels, reverse: bool) -> None:
+    """Copy the centre, each row from its end if ``reverse``."""
+    rows, columns = out.shape[:2]
+    top, left = (round((side - part) / 2) for side, part in zip(pixels.shape, (rows, columns), strict=False))
     centre = pixels[top : top + rows, left : left + columns]
     if reverse:
         _reverse_rows(centre, out)

@@ -1,6 +1,7 @@
 """Masked text from the command line: the bound over time, the authors' checkpoints, and what is refused."""
 
 import json
+import math
 from collections import OrderedDict
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from callbacks import text_quality
 from datamodules.writer import DatasetWriter
 from lightningmodules.cadd.network import CaddNet
 from platform import cli, config
@@ -51,6 +53,11 @@ def test_the_bound_is_logged_by_tenths_of_the_time(runs: Path, name: str, parts:
     for part, whole in zip(names, bound, strict=True):
         if parts:
             assert sum(values[f"likelihood/{kind}_{part}"] for kind in parts) == pytest.approx(whole)
+
+
+def test_entropy_of_samples_by_themselves_and_together() -> None:
+    found = text_quality._entropies(torch.tensor([[1, 1, 1], [4, 4, 4]]), "")
+    assert found == {"metrics/entropy": 0.0, "metrics/entropy_corpus": pytest.approx(math.log(2))}
 
 
 # ---- the authors' checkpoints ----
@@ -134,7 +141,13 @@ def test_mistakes_are_told_in_one_message(runs: Path, tmp_path: Path, capsys: py
         samples = [{"__key__": f"{i:03d}", "txt": b"" if i == 3 else b"abcab"} for i in range(8)]
         writer.write("train", samples, per_shard=8)
     assert cli.main(["weights", "export", str(run), "--out", str(tmp_path / "weights")]) == 0
-    own = [f"data.root={tmp_path / 'texts'}", "data.source=null", "data.val=null", "data.mode=padded", "data.member=txt"]
+    own = [
+        f"data.root={tmp_path / 'texts'}",
+        "data.source=null",
+        "data.val=null",
+        "data.mode=padded",
+        "data.member=txt",
+    ]
     for message, words in (
         ("module.codec.vocabulary=100, but data.tokenizer has 8 tokens",
          ["fit", "mdlm_copy", "module.codec.vocabulary=100", *rest]),

@@ -258,6 +258,37 @@ def test_bad_samples_are_replaced_by_the_next(root: Path, tmp_path: Path, caplog
             keys(images(root, max_bad_fraction=allowed, num_classes=100), 3)
 
 
+def test_pictures_resized_together_are_those_resized_alone(root: Path) -> None:
+    def jpeg(number: int, size: int) -> bytes:
+        with io.BytesIO() as file:
+            Image.fromarray(picture(number, size, 3)).save(file, format="JPEG")
+            return file.getvalue()
+
+    files = {f"train{i:05d}": jpeg(i, 16 if i % 5 else 24) for i in range(24)}
+    healthy = [key for batch in keys(images(root), 2) for key in batch]
+    files[healthy[4]] = jpeg(4, 8)  # comes in place of the one before, and need not wait
+    content = {key: {"jpg": data, "cls": b"0"} for key, data in files.items()}
+    content[healthy[3]]["cls"] = b"77"  # decoded before its label is refused
+    content[healthy[9]]["jpg"] = files[healthy[9]][:100]
+    for shard, (first, last) in enumerate(((0, 6), (6, 11), (11, 18), (18, 24))):
+        write_tar(root / f"train-{shard:06d}.tar", {key: content[key] for key in list(files)[first:last]})
+    data = images(root, max_bad_fraction=0.2, channels=3, flip=True)
+    flipped = 0
+    for batch in islice(data.train_dataloader(), 2):
+        assert not {healthy[3], healthy[9]} & set(batch["key"])
+        for key, pixels in zip(batch["key"], batch["image"], strict=True):
+            alone = np.empty((2, 8, 8, 3), dtype=np.uint8)
+            decode_into(files[key], alone[0])
+            decode_into(files[key], alone[1], mirrored=True)
+            found = pixels.permute(1, 2, 0).numpy()
+            mirrored = np.array_equal(found, alone[1])
+            assert mirrored or np.array_equal(found, alone[0]), key
+            flipped += mirrored
+    assert 0 < flipped < 24
+    assert data.bad_samples == 2
+    data.teardown("fit")
+
+
 def test_held_batches_are_not_overwritten(root: Path) -> None:
     data = images(root, workers=2)
     stream = iter(data.train_dataloader())
