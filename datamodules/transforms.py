@@ -32,7 +32,7 @@ _TOGETHER = 2**21  # bytes of pictures that are resized together, as much as a c
 class Group:
     """Pictures of one size, all to become one other size, that are resized in one step, bit for bit as one by one.
 
-    What the kernel prepares for a size it prepares once for all of them: an eighth faster for JPEG from 256 to 64 pixels.
+    What the kernel prepares for a size it prepares once for all: an eighth faster for JPEG from 256 to 64 pixels.
 
     Args:
         memory: gives the memory of one shape in which they wait.

@@ -264,9 +264,13 @@ def test_pictures_resized_together_are_those_resized_alone(root: Path) -> None:
             Image.fromarray(picture(number, size, 3)).save(file, format="JPEG")
             return file.getvalue()
 
-    files = {f"train{i:05d}": jpeg(i, 16 if i % 5 else 24) for i in range(24)}
     healthy = [key for batch in keys(images(root), 2) for key in batch]
-    files[healthy[4]] = jpeg(4, 8)  # comes in place of the one before, and need not wait
+    sizes = {
+        healthy[0]: 24,
+        healthy[13]: 24,
+        healthy[4]: 8,
+    }  # the last comes in place of the one before, and need not wait
+    files = {f"train{i:05d}": jpeg(i, sizes.get(f"train{i:05d}", 16)) for i in range(24)}
     content = {key: {"jpg": data, "cls": b"0"} for key, data in files.items()}
     content[healthy[3]]["cls"] = b"77"  # decoded before its label is refused
     content[healthy[9]]["jpg"] = files[healthy[9]][:100]
