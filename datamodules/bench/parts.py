@@ -121,25 +121,30 @@ def text(report: Report, args: argparse.Namespace) -> None:
 def start(report: Report, args: argparse.Namespace) -> None:
     """Seconds from the data module's constructor to the first batch over 1,000 shards, in fresh processes."""
     listed = sets.small_shards(START_SHARDS, START_SAMPLES)
+    written = sets.small_documents(START_SHARDS, START_SAMPLES)
     print(f"\nfirst batch of {BATCH} over {START_SHARDS} shards, fresh process, imports done, page cache dropped")
     with tempfile.TemporaryDirectory(dir=listed.parent) as folder:
         bare = Path(folder) / "bare"
         shutil.copytree(listed, bare, copy_function=os.link)
         for path in [bare / FILE_NAME, *bare.glob("*.npz")]:
             path.unlink()
-        settings = {"train": "train-*.tar", "size": 32, "num_classes": sets.CLASSES, "batch_size": BATCH, "workers": 1}
-        cases = {
-            "written by data pack, index cache empty": (listed, "first", START_GOAL),
-            "foreign shards, index cache empty": (bare, "second", None),
-            "foreign shards, index cache present": (bare, "second", START_GOAL),
+        pictures = {"size": 32, "num_classes": sets.CLASSES}
+        rows = {"length": LENGTH, "member": "tok", "add_eos": False}
+        cases: dict[str, tuple[Path, dict[str, Any], str, float | None]] = {
+            "written by data pack, index cache empty": (listed, pictures, "first", START_GOAL),
+            "foreign shards, index cache empty": (bare, pictures, "second", None),
+            "foreign shards, index cache present": (bare, pictures, "second", START_GOAL),
+            "tokens written by data pack, concat": (written, {**rows, "mode": "concat"}, "third", START_GOAL),
+            "tokens written by data pack, pack": (written, {**rows, "mode": "pack"}, "third", START_GOAL),
         }
-        for name, (root, cache, goal) in cases.items():
+        for name, (root, settings, cache, goal) in cases.items():
             found = []
             for repeat in range(min(args.repeats, 3)):
                 _drop_cached(root)
                 # an empty cache is a new folder each time, and the last case finds what the one before it left
                 place = Path(folder) / f"{cache}-{repeat}"
-                found.append(_probe("first", {"root": str(root), **settings}, PLATFORM_CACHE=str(place)))
+                settings = {"root": str(root), "train": "train-*.tar", "batch_size": BATCH, "workers": 1, **settings}
+                found.append(_probe("first", settings, PLATFORM_CACHE=str(place)))
             seconds = statistics.median(each["seconds"] for each in found)
             setup = statistics.median(each["setup"] for each in found)
             text = f"{seconds:.3f} s ({setup:.3f} s until opened)"

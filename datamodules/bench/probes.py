@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.images import Images
+from datamodules.text import Text
+from datamodules.tokenizers import Bytes
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -22,7 +24,8 @@ def main(argv: list[str]) -> int:
     """Run one probe.
 
     Args:
-        argv: name of the probe, and its settings for :class:`datamodules.images.Images` as JSON.
+        argv: name of the probe, and its settings for :class:`datamodules.images.Images` as JSON; for
+            :class:`datamodules.text.Text` if there is a "mode".
 
     Returns:
         0.
@@ -35,7 +38,7 @@ def main(argv: list[str]) -> int:
 def first_batch(settings: dict[str, Any]) -> dict[str, float]:
     """Seconds from the constructor of the data module to its first batch, everything being imported already."""
     begin = time.perf_counter()
-    data = Images(**settings)
+    data = Text(tokenizer=Bytes(), **settings) if "mode" in settings else Images(**settings)
     data.setup("fit")
     opened = time.perf_counter()
     batches = iter(data.train_dataloader())

@@ -65,17 +65,26 @@ def latents(count: int, shape: tuple[int, int, int]) -> Path:
 
 def tokens(documents: int) -> Path:
     """Documents of 16 to 2048 uint16 tokens of the byte tokenizer, all lengths alike; made on first use."""
-    draw = np.random.default_rng(_SEED)
-    block = draw.integers(0, 250, LONGEST, dtype=np.uint16)
-    lengths = draw.integers(16, LONGEST + 1, documents)
-    samples = ((f"{i:09d}", {"tok": block[:length].tobytes()}) for i, length in enumerate(lengths))
-    card = {"tok": {"dtype": "uint16"}, "tokenizer": {"fingerprint": Bytes().fingerprint}}
-    return _made(f"tokens-{documents}", samples, -(-documents // SHARDS), card)
+    return _tokens(f"tokens-{documents}", documents, LONGEST, -(-documents // SHARDS))
+
+
+def small_documents(shards: int, per_shard: int) -> Path:
+    """Shards of documents of 16 to 256 tokens, for what a start costs; made on first use."""
+    return _tokens(f"small-tokens-{shards}x{per_shard}", shards * per_shard, 256, per_shard)
 
 
 def files(folder: Path) -> list[Path]:
     """The shards of a folder, in order."""
     return sorted(folder.glob("*.tar"))
+
+
+def _tokens(name: str, documents: int, longest: int, per_shard: int) -> Path:
+    draw = np.random.default_rng(_SEED)
+    block = draw.integers(0, 250, longest, dtype=np.uint16)
+    lengths = draw.integers(16, longest + 1, documents)
+    samples = ((f"{i:09d}", {"tok": block[:length].tobytes()}) for i, length in enumerate(lengths))
+    card = {"tok": {"dtype": "uint16"}, "tokenizer": {"fingerprint": Bytes().fingerprint}}
+    return _made(name, samples, per_shard, card)
 
 
 def _made(
