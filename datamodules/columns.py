@@ -103,8 +103,9 @@ class Joined:
             if found is not None:
                 return found
         start, count = int(self.starts[shard]), int(self.counts[shard])
-        table = measure_rows(lambda row: self.read(start + row), count, measure, width)
-        self._primary.keep(shard, name, table)
+        table, lasting = measure_rows(lambda row: self.read(start + row), count, measure, width)
+        if lasting:
+            self._primary.keep(shard, name, table)
         return table
 
     def gather(self, samples: Ints, extension: str, out: Bytes) -> None:

@@ -34,9 +34,12 @@ _CURL = {
     18: "the connection ended before the file did",
     22: "the server answered with an error, e.g. 404 not found",
     28: "the connection timed out",
+    78: "the file is not there",
 }
 _NOT_INSTALLED = 127  # a shell's exit status for a command that it does not find
-_NOT_THERE = re.compile(r"\b404\b|NoSuchKey|does not exist|URLs? matched|No such file", re.IGNORECASE)
+_MISSING = {22, 78}  # exit statuses of curl for http and hf, and for sftp, ftps and scp
+# 403 is also what a store says of an absent file to those who may read, but not list.
+_NOT_THERE = re.compile(r"\b40[34]\b|NoSuchKey|does not exist|URLs? matched|No such file", re.IGNORECASE)
 _TOLD = 300  # characters of a command's last message that are passed on
 
 
@@ -80,8 +83,9 @@ def chunks(url: str, stop: threading.Event) -> Iterator[bytes]:
     """
     address = _address(url)
     with tempfile.NamedTemporaryFile(prefix="download-") as said:
-        if address.startswith("pipe:"):  # the shell gives its place to the last command, so that killing it ends that
-            address = f"pipe:exec 2>{shlex.quote(said.name)}; {address[5:]}"
+        if address.startswith("pipe:"):
+            place = "" if url.startswith("pipe:") else "exec "  # that of the shell, so that killing it ends the command
+            address = f"pipe:exec 2>{shlex.quote(said.name)}; {place}{address[5:]}"
         try:
             stream = gopen(address, "rb")
         except FileNotFoundError as error:
@@ -104,7 +108,7 @@ def chunks(url: str, stop: threading.Event) -> Iterator[bytes]:
 def _failure(url: str, status: int, said: IO[bytes]) -> OSError:
     """What the exit status of a command means, and its last words."""
     if url.partition(":")[0] in _BY_CURL:
-        kind = Absent if status == 22 else OSError
+        kind = Absent if status in _MISSING else OSError
         return kind(errno.EIO, _CURL.get(status, f"curl ended with status {status}"))
     words = [line.strip() for line in said.read().decode("utf-8", "replace").splitlines() if line.strip()]
     last = words[-1][:_TOLD] if words else ""

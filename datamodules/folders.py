@@ -101,8 +101,9 @@ class ImageFolder:
         kept = tarindex.cache_file(known_as, name)
         table = tarindex.read_measured(kept, total, name, (count, width))
         if table is None:
-            table = measure_rows(self.read, count, measure, width)
-            tarindex.keep_measured(kept, total, name, table)
+            table, lasting = measure_rows(self.read, count, measure, width)
+            if lasting:
+                tarindex.keep_measured(kept, total, name, table)
         return table
 
     def gather(self, samples: Ints, extension: str, out: Bytes) -> None:

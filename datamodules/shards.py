@@ -210,8 +210,9 @@ class ShardSet:
         table = self.stored(shard, name, width)
         if table is None:
             start = int(self.starts[shard])
-            table = measure_rows(lambda row: self.read(start + row), int(self.counts[shard]), measure, width)
-            self.keep(shard, name, table)
+            table, lasting = measure_rows(lambda row: self.read(start + row), int(self.counts[shard]), measure, width)
+            if lasting:
+                self.keep(shard, name, table)
         return table
 
     def keep(self, shard: int, name: str, table: Ints) -> None:

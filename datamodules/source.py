@@ -1,5 +1,6 @@
 """What every set of samples offers, whether it lies in shards, in a folder, elsewhere or in several places."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -129,7 +130,7 @@ class Source(Protocol):
         """Close files and end threads; reading again opens them again."""
 
 
-def measure_rows(read: Callable[[int], Members], count: int, measure: Measure, width: int) -> Ints:
+def measure_rows(read: Callable[[int], Members], count: int, measure: Measure, width: int) -> tuple[Ints, bool]:
     """Measure ``count`` samples one by one; zeros where one cannot be read or measured.
 
     Args:
@@ -139,15 +140,23 @@ def measure_rows(read: Callable[[int], Members], count: int, measure: Measure, w
         width: how many numbers.
 
     Returns:
-        int64 (count, width).
+        int64 (count, width); and whether it may be kept, False where a file was out of reach, which may come back.
     """
-    table = np.zeros((count, width), dtype=np.int64)
+    table, lasting = np.zeros((count, width), dtype=np.int64), True
     for row in range(count):
         try:
-            table[row] = measure(read(row))
-        except ValueError:  # reported with shard and key when the sample is used
-            table[row] = 0
-    return table
+            members = read(row)
+        except ValueError as error:  # reported with shard and key when the sample is used
+            lasting = lasting and not _out_of_reach(error)
+            continue
+        with contextlib.suppress(ValueError):
+            table[row] = measure(members)
+    return table, lasting
+
+
+def _out_of_reach(error: BaseException | None) -> bool:
+    """Whether the system could not give what was asked for, rather than that what it gave is damaged."""
+    return error is not None and (isinstance(error, OSError) or _out_of_reach(error.__cause__))
 
 
 def first_dots(extensions: Sequence[str], wanted: Sequence[str]) -> str:

@@ -113,6 +113,7 @@ def blueprint(cfg: DictConfig) -> GenerativeModule:
     """
     with torch.device("meta"):
         room: GenerativeModule = hydra.utils.instantiate(cfg.module, _convert_="all")
+        room.start = None  # a plan has no values, and a run that goes on may have outlived the file
         room.build()
     try:
         room._optimizer([torch.nn.Parameter(torch.zeros(2, 2))])

@@ -56,6 +56,7 @@ def estimate(cfg: DictConfig) -> Estimate:
     # unlike tensors on the meta device these still say "cpu", so autocast and device checks work as in training
     with FakeTensorMode(allow_non_fake_inputs=True), _AllZero():
         room: GenerativeModule = hydra.utils.instantiate(cfg.module, _convert_="all")
+        room.start = None  # a plan has no values
         room.build()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             activations = _activation_bytes(room)

@@ -32,14 +32,14 @@ def run(args: argparse.Namespace) -> int:
     if args.problems:
         solve.check(args)
     module, cfg = load_module(args.run, args.weights or "ema")
-    use_decoder(module, args.decoder)
+    decoder = use_decoder(module, args.decoder)
     settings = configs.check_sampling(cfg, args.overrides)
     source = Path(args.run)
     root = source if source.is_dir() else source.parent
     if args.problems:
         solve.run(module, settings, args, root / FOLDER / f"step_{module.updates:09d}")
         return 0
-    drawn_by = f"_decoder-{Path(args.decoder).name}" if args.decoder else ""
+    drawn_by = f"_decoder-{decoder}" if decoder else ""
     file = root / FOLDER / f"step_{module.updates:09d}{drawn_by}" / METRICS
     before = len(file.read_text().splitlines()) if file.is_file() else 0
     measure(module, cfg, settings, args.n, file)

@@ -32,7 +32,7 @@ class Gap:
         image = self.image.to(device).expand(rows, -1, -1, -1)
         missing = self.missing.to(device).expand(rows, -1, -1, -1)
         x, accepted = module.inpaint({"image": image}, missing, seeds, condition, **settings)
-        print(f"seeds {seeds[0]}-{seeds[-1]}: {float(accepted.mean()):.0%} of the proposals accepted")
+        print(f"seeds {seeds[0]}-{seeds[-1]}: {float(accepted.mean()):.0%} of the proposals after the first accepted")
         return torch.where(missing, module.codec.decode(x), image)
 
 
@@ -61,6 +61,11 @@ def read(image: str, mask: str, module: Any) -> Gap:
                 f"{name} {file} has {found.shape[1]}x{found.shape[0]} pixels, the model draws {size[1]}x{size[0]}."
                 " Crop or resize it."
             )
+    if picture.max() > pixels.white:
+        raise ValueError(
+            f"--image {image} holds values up to {picture.max()}; white is {pixels.white} in this model's pictures."
+            " Give one as sample writes them."
+        )
     missing = torch.from_numpy(shown >= 128)[None]
     if not missing.any():
         raise ValueError(f"--mask {mask} is dark everywhere, so nothing is to be filled in. Paint that part white.")

@@ -286,17 +286,21 @@ def load_module(path: str | Path, weights: str = "ema") -> tuple[Any, Any]:
     return module.eval(), cfg
 
 
-def use_decoder(module: Any, folder: str | None) -> None:
+def use_decoder(module: Any, folder: str | None) -> str:
     """Let a model of latents draw its pictures with another autoencoder's decoder; None changes nothing.
+
+    Returns:
+        What to call the decoder in names of files: its folder's name and eight digits of its weights; "" for None.
 
     Raises:
         ValueError: the model has no latents, or the decoder belongs to another encoder.
     """
     if folder is None:
-        return
+        return ""
     if not hasattr(module.codec, "use_decoder"):
         raise ValueError(f"--decoder {folder}: this model draws pictures without an autoencoder. Leave it out.")
-    module.codec.use_decoder(folder)
+    digits: str = module.codec.use_decoder(folder)
+    return f"{Path(folder).resolve().name}-{digits[:8]}"
 
 
 def _load(module: Any, checkpoint: Path, kind: str) -> None:

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from platform.runs import load_module, use_decoder
 
     module, cfg = load_module(args.run, args.weights or "ema")
-    use_decoder(module, args.decoder)
+    decoder = use_decoder(module, args.decoder)
     gap = None if args.image is None else inpainting.read(args.image, args.mask, module)
     settings = configs.check_sampling(cfg, args.overrides, "sample" if gap is None else "inpaint")
     draw = partial(_generate if gap is None else gap.fill, module)
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         "weights": module.active_weights,
         "label": args.label,
         **({} if args.prompt is None else {"prompt": args.prompt}),
-        **({} if args.decoder is None else {"decoder": args.decoder}),
+        **({"decoder": decoder} if decoder else {}),
         **({} if gap is None else {"image": args.image, "mask": args.mask, "gap": gap.digest}),
         "settings": settings,
     }
@@ -188,7 +188,7 @@ def _default_folder(run: Path, request: dict[str, Any]) -> Path:
     if "prompt" in request:
         label += f"_prompt-{hashlib.sha256(request['prompt'].encode()).hexdigest()[:8]}"
     if "decoder" in request:
-        label += f"_decoder-{Path(request['decoder']).name}"
+        label += f"_decoder-{request['decoder']}"
     label += f"_gap-{request['gap']}" if "gap" in request else ""
     root = run if run.is_dir() else run.parent
     return (

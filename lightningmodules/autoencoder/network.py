@@ -152,7 +152,10 @@ class ConvNext(nn.Module):
             if config["model_type"] not in ("convnext", "convnextv2"):
                 raise ValueError(f"config.json says model_type={config['model_type']!r}")
             kind = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
-            self.net: nn.Module = kind.from_pretrained(str(place), local_files_only=True)
+            self.net: nn.Module
+            self.net, told = kind.from_pretrained(str(place), local_files_only=True, output_loading_info=True)
+            if told["missing_keys"]:  # they would be random
+                raise ValueError(f"its weights lack {sorted(told['missing_keys'])[0]}")
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(
                 f"{folder} holds no ConvNeXt ({str(error).splitlines()[0] if str(error) else type(error).__name__})."

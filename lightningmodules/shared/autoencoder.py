@@ -317,11 +317,15 @@ class AutoencoderKL(nn.Module):
                 norm[rows, columns] += weight
         return total / norm.to(total.dtype)
 
-    def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that change with any weight of the encoder: they tell whose latents these are."""
+    def fingerprint(self, parts: tuple[str, ...] = ("encoder.", "quant_conv.")) -> str:
+        """Sixteen hexadecimal digits that change with any weight of the encoder: they tell whose latents these are.
+
+        Args:
+            parts: how the names of the weights begin that count.
+        """
         digest = hashlib.sha256()
         for key, value in sorted(self.state_dict().items()):
-            if key.startswith(("encoder.", "quant_conv.")):
+            if key.startswith(parts):
                 digest.update(key.encode())
                 digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -383,7 +387,7 @@ def load(folder: str | Path, make: Callable[[], AutoencoderKL] | None = None) ->
     Raises:
         ValueError: something is missing, damaged, or does not fit.
     """
-    place = Path(folder)
+    place = Path(folder).expanduser()
     file = place if place.is_file() else next((place / name for name in WEIGHTS if (place / name).is_file()), None)
     if file is None:
         raise ValueError(

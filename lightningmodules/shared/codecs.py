@@ -316,22 +316,28 @@ class Latents:
                     f"The autoencoder makes latents of {net.latent_channels} channels, module.codec.channels is"
                     f" {self.channels}. Set it, and module.net.in_channels, to {net.latent_channels}."
                 )
-            if self._stored_by and net.fingerprint() != self._stored_by:
-                raise ValueError(
-                    f"The stored latents come from the encoder {self._stored_by}, module.codec.weights={self.weights}"
-                    f" is {net.fingerprint()}. Set module.codec.weights to the autoencoder that made them, or make them"
-                    " anew: python -m platform prepare latents"
-                )
+            self._compare(net)
             self._net = net
             if self.decoder is not None:
                 self.use_decoder(self.decoder)
         return self._net
 
-    def use_decoder(self, folder: str) -> None:
+    def _compare(self, net: AutoencoderKL) -> None:
+        if self._stored_by and net.fingerprint() != self._stored_by:
+            raise ValueError(
+                f"The stored latents come from the encoder {self._stored_by}, module.codec.weights={self.weights}"
+                f" is {net.fingerprint()}. Set module.codec.weights to the autoencoder that made them, or make them"
+                " anew: python -m platform prepare latents"
+            )
+
+    def use_decoder(self, folder: str) -> str:
         """Draw pictures with another decoder from now on.
 
         Args:
             folder: of an autoencoder with the same encoder, see ``autoencoder.load``.
+
+        Returns:
+            Sixteen hexadecimal digits that change with any weight of the decoder.
 
         Raises:
             ValueError: there is none, or its encoder is another one.
@@ -345,6 +351,7 @@ class Latents:
             )
         other.to(self._device)
         net.decoder, net.post_quant_conv = other.decoder, other.post_quant_conv
+        return net.fingerprint(("decoder.", "post_quant_conv."))
 
     def check(self, card: Mapping[str, Any]) -> None:
         """Insist that stored latents are those that this codec normalises and decodes.
@@ -372,8 +379,9 @@ class Latents:
             )
         self._stored_by = str(card["encoder"])
         here = self.weights is None or Path(self.weights).expanduser().exists()
-        if here and (self.weights or self._make):
-            self._net = None
+        if self._net is not None:  # as it is: it may draw with another decoder, and lie on another device
+            self._compare(self._net)
+        elif here and (self.weights or self._make):
             self.autoencoder  # noqa: B018 - compares
 
     def _build(self) -> AutoencoderKL:

@@ -119,7 +119,10 @@ class Pretrained:
         ).to(device)
         mask = tokens["attention_mask"].bool()
         if self.states == "embeddings":
-            states = cast(Any, model).get_input_embeddings()(tokens["input_ids"])
+            table = cast(Any, model).get_input_embeddings()
+            states = table(tokens["input_ids"])
+            if not hasattr(table, "embed_scale"):  # before transformers 5 the model scales them, not the table
+                states = states * self.width**0.5
         else:
             states = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
         return states.float() * mask.unsqueeze(-1), mask

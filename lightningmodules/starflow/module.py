@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lightningmodules.base import GenerativeModule
 from lightningmodules.shared import flow
@@ -102,9 +101,7 @@ class StarFlow(GenerativeModule):
 
     def build(self) -> None:
         """Create the network, and fill it with the weights to start from."""
-        trial = torch.empty(0)
-        planned = trial.is_meta or isinstance(trial, FakeTensor)  # shapes without values
-        state = None if self.start is None or planned else read_start(self.start)
+        state = None if self.start is None else read_start(self.start)
         self.net = self._net()
         made = (self.net.in_channels, self.net.img_size, self.net.img_size)
         if made != tuple(self.codec.shape):
@@ -400,10 +397,12 @@ class StarFlow(GenerativeModule):
         """
         side, given = tuple(self.codec.shape[1:]), tuple(missing.shape[2:])
         fits = len(given) == 2 and not (given[0] % side[0] or given[1] % side[1])
-        if iterations < 1 or missing.dtype != torch.bool or not fits:
+        if iterations < 1:
+            raise ValueError(f"iterations={iterations}: expected at least 1; the paper uses 20. Type iterations=20.")
+        if missing.dtype != torch.bool or not fits:
             raise ValueError(
-                f"iterations={iterations} must be >= 1 and the mask bool of shape (B, 1, *{side}) or multiples; it is"
-                f" {missing.dtype} of {tuple(missing.shape)}."
+                f"The mask is {missing.dtype} of {tuple(missing.shape)}; expected bool (B, 1, h, w), h and w multiples"
+                f" of {side}."
             )
         if given != side:
             missing = F.adaptive_max_pool2d(missing.float(), side) > 0

@@ -118,10 +118,35 @@ def test_commands_that_are_not_installed(scheme: str, folder: Path, monkeypatch:
         opened(f"{scheme}://bucket/train-000000.tar")
 
 
-def test_closing_ends_the_command(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "program", "absent"),
+    [
+        ("sftp", "curl", "exit 78"),
+        ("scp", "curl", "exit 78"),
+        ("s3", "aws", "echo 'fatal error: An error occurred (403): Forbidden' >&2; exit 1"),
+        ("gs", "gsutil", "echo 'AccessDeniedException: 403 x does not have storage.objects.list access' >&2; exit 1"),
+    ],
+)
+def test_absent_in_other_words(scheme: str, program: str, absent: str, folder: Path) -> None:
+    """Of servers without codes of http, and of stores that let everybody read, but not list."""
+    script = "#!/bin/sh\nfor word; do case $word in *://*) name=${word##*/};; esac; done\n"
+    script += f'[ -f "{folder}/$name" ] && exec cat "{folder}/$name"\n{absent}\n'
+    (folder.parent / "bin" / program).write_text(script)
+    (folder.parent / "bin" / program).chmod(0o755)
+    (folder / "index.json").unlink()
+    source = opened(f"{scheme}://bucket/train-{{000000..000002}}.tar")
+    assert source.counts.tolist() == [30] * 3
+    assert source.read(45) == sample(45, 5)
+    source.close()
+
+
+@pytest.mark.parametrize("command", ["pipe:echo $$ > {pid}; printf x; exec sleep 60", "s3://bucket/x", "gs://bucket/x"])
+def test_closing_ends_the_command(command: str, folder: Path) -> None:
     pid = folder.parent / "pid"
     stop = threading.Event()
-    pieces = download.chunks(f"pipe:echo $$ > {pid}; printf x; exec sleep 60", stop)
+    for program in ("aws", "gsutil"):
+        (folder.parent / "bin" / program).write_text(f"#!/bin/sh\necho $$ > {pid}; printf x; exec sleep 60")
+    pieces = download.chunks(command.format(pid=pid), stop)
     assert next(pieces) == b"x"
     stop.set()
     with pytest.raises(download.Closed):

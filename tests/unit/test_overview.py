@@ -188,3 +188,29 @@ def test_index_and_check(folder: Path) -> None:
     assert str(report.problems[0]) == (
         "train-000000.tar: overview.safetensors says something else. Delete it and type data index"
     )
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_zeros_of_a_shard_out_of_reach_are_not_kept(folder: Path, described: bool) -> None:
+    """Those of a damaged one are: it is what it is until its file changes."""
+    (folder / FILE_NAME).unlink()
+    if not described:
+        (folder / "index.json").unlink()
+    right = [[len(document(number))] for number in range(SHARDS * EACH)]
+
+    def measured(source: ShardSet, measure: Any) -> list[Any]:
+        return [row for shard in range(SHARDS) for row in source.measured(shard, "bytes", measure, 1).tolist()]
+
+    def count(sample: Any) -> tuple[int]:
+        return (len(sample["txt"]),)
+
+    source, shard = opened(folder), folder / "train-000001.tar"
+    source.close()
+    shard.rename(folder.with_name("away"))
+    assert measured(source, count) == right[:3] + [[0]] * 3 + right[6:]
+    folder.with_name("away").rename(shard)
+    for measure in (count, refuse):
+        assert measured(opened(folder), measure) == right
+    shard.write_bytes(shard.read_bytes()[:2000])
+    for measure in (count, refuse):
+        assert measured(opened(folder, max_bad_fraction=0.5), measure)[:3] == right[:3]
