@@ -71,8 +71,9 @@ def read_start(path: str) -> dict[str, Tensor]:
     file = place / "weights.safetensors" if (place / "weights.safetensors").is_file() else place
     if not file.exists() or (file.is_dir() and not (file / ".metadata").is_file()):
         raise ValueError(
-            f"module.start={path}: {'no weights there' if file.exists() else 'no such file'}. Export the weights of the stage before (python -m platform weights"
-            " export RUN --out DIR), give an official checkpoint, or type module.start=null for random weights."
+            f"module.start={path}: {'no weights there' if file.exists() else 'no such file'}. Export the weights of the"
+            " stage before (python -m platform weights export RUN --out DIR), give an official checkpoint, or type"
+            " module.start=null for random weights."
         )
     try:
         if file.is_dir():

@@ -8,6 +8,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from platform import config, signatures
+from platform.assemble import blueprint
 from platform.estimate import estimate
 from platform.origins import EXPERIMENTS, experiments, groups, read
 
@@ -56,6 +57,15 @@ def test_miniature_is_small(name: str) -> None:
     assert cfg.trainer.accelerator == "cpu"
     assert cfg.trainer.devices * cfg.trainer.num_nodes == 1
     assert estimate(cfg).trainable < 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [("starflow_digits", "start"), ("cadd_digits", "start"), ("vae_digits", "weights")]
+)
+def test_plans_need_no_weights_to_start_from(name: str, setting: str) -> None:
+    cfg = composed(name, True, f"module.{setting}=removed")
+    assert blueprint(cfg).averaged()
+    assert estimate(cfg).trainable
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -60,12 +60,14 @@ def test_a_part_is_filled_in_and_the_rest_stays(model: Path, tmp_path: Path) -> 
 def test_mistakes_are_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("L", (8, 8)).save(tmp_path / "dark.png")
     Image.new("L", (9, 8)).save(tmp_path / "wide.png")
+    Image.new("L", (8, 8), 255).save(tmp_path / "bright.png")
     (tmp_path / "text.png").write_text("no picture")
-    dark, wide, text = (tmp_path / f"{name}.png" for name in ("dark", "wide", "text"))
+    dark, wide, text, bright = (tmp_path / f"{name}.png" for name in ("dark", "wide", "text", "bright"))
     for message, options in (
         ("--image and --mask go together", ["--image", dark]),
         ("is dark everywhere", ["--image", dark, "--mask", dark]),
         ("has 9x8 pixels, the model draws 8x8", ["--image", wide, "--mask", dark]),
+        ("values up to 255; white is 240", ["--image", bright, "--mask", bright]),
         ("no such file", ["--image", tmp_path / "none.png", "--mask", dark]),
         ("cannot be read as a picture", ["--image", text, "--mask", dark]),
         ("holds no autoencoder", ["--decoder", tmp_path]),

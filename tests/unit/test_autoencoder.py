@@ -244,6 +244,11 @@ def test_convnext_compares_answers_or_features(tmp_path: Path) -> None:
         Together([RandomFeatures], [1.0, 0.1])
     with pytest.raises(ValueError, match="holds no ConvNeXt"):
         ConvNext(str(tmp_path))
+    state = load_file(tmp_path / "net" / "model.safetensors")
+    state.pop("layernorm.weight")
+    save_file(state, tmp_path / "net" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"its weights lack layernorm\.weight"):
+        ConvNext(str(tmp_path / "net"))
 
 
 def test_a_decoder_takes_another_one_s_place(tmp_path: Path) -> None:
@@ -300,6 +305,18 @@ def test_stored_latents_must_be_the_codec_s(tmp_path: Path) -> None:
         Latents(8, 2, weights=str(tmp_path), family="flux").check(card)
     with pytest.raises(ValueError, match="come from the encoder another"):
         Latents(4, 2, weights=str(tmp_path), family="flux").check({**card, "encoder": "another"})
+    tuned = SMALL()
+    tuned.load_state_dict(net.state_dict() | {"decoder.conv_out.bias": net.decoder.conv_out.bias + 1})
+    save(tuned, tmp_path / "tuned")
+    with_decoder = Latents(4, 2, weights=str(tmp_path), family="flux")
+    digits = with_decoder.use_decoder(str(tmp_path / "tuned"))
+    assert digits != with_decoder.use_decoder(str(tmp_path))  # it says which decoder it is, not which encoder
+    assert digits == with_decoder.use_decoder(str(tmp_path / "tuned"))
+    with_decoder.check(card)  # and the check leaves the decoder in its place
+    z = torch.randn(1, 2, 4, 4)
+    torch.testing.assert_close(with_decoder.autoencoder.decode(z), net.decode(z) + 1)
+    with pytest.raises(ValueError, match="come from the encoder another"):
+        with_decoder.check({**card, "encoder": "another"})
     late = Latents(4, 2, weights=str(tmp_path / "later"), family="flux")
     late.check({**card, "encoder": "another"})  # compared as soon as the weights are there
     save(net, tmp_path / "later")

@@ -236,10 +236,12 @@ def test_inpainting_leaves_the_rest_alone() -> None:
     assert torch.equal(x[:, :, :2], clean[:, :, :2])
     assert not torch.allclose(x[:, :, 2:], clean[:, :, 2:])
     assert accepted.shape == (2,)
-    with pytest.raises(ValueError, match="the mask bool of shape"):
+    with pytest.raises(ValueError, match="The mask is torch"):
         starflow.inpaint(data, missing.float(), [1, 2])
-    with pytest.raises(ValueError, match="the mask bool of shape"):
+    with pytest.raises(ValueError, match="The mask is torch"):
         starflow.inpaint(data, missing[..., :3], [1, 2])
+    with pytest.raises(ValueError, match=r"^iterations=0: expected at least 1"):
+        starflow.inpaint(data, missing, [1, 2], iterations=0)
     latent = room("label", latents())
     picture = {"image": torch.zeros(1, 1, 8, 8, dtype=torch.uint8)}
     wide = torch.zeros(1, 1, 8, 8, dtype=torch.bool)

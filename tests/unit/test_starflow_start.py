@@ -59,6 +59,8 @@ def test_wrong_starts_are_refused(tmp_path: Path) -> None:
         ValueError, match=r"module\.start=nowhere: no such file\. Export the weights of the stage before"
     ):
         begun(start="nowhere")
+    with pytest.raises(ValueError, match=r"no weights there\. Export the weights of the stage before"):
+        begun(start=str(tmp_path))  # e.g. a run folder
     (tmp_path / "trap.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(ValueError, match="holds something else than tensors"):
         begun(start=str(tmp_path / "trap.pth"))

@@ -61,6 +61,9 @@ def test_embeddings_are_what_a_language_model_s_first_layer_reads(folders):
     read = model(**tokens, output_hidden_states=True).hidden_states[0][0]
     torch.testing.assert_close(features[0, : len(read)], read)
     assert not features[~mask].any()
+    scaled = model.get_input_embeddings()
+    model.set_input_embeddings(torch.nn.Embedding.from_pretrained(scaled.weight))  # as before transformers 5
+    torch.testing.assert_close(encoder.encode(["a handwritten seven", ""])[0], features)
     assert encoder.fingerprint != Pretrained(str(folders / "gemma"), length=8).fingerprint
     with pytest.raises(ValueError, match="expected last, or embeddings of a Gemma"):
         Pretrained(str(folders / "t5"), states="embeddings")
