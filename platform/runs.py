@@ -146,7 +146,7 @@ class Run:
         """Drop rows that a killed attempt wrote after its last checkpoint.
 
         Args:
-            step: updates of the checkpoint the run continues from.
+            step: updates of the checkpoint the run continues from; 0 for a run that begins again, which keeps no row.
             validated: False when the validation of ``step`` will be run again, so its rows go too.
         """
         file = self.path / METRICS
@@ -159,7 +159,7 @@ class Run:
             except ValueError:
                 continue  # the line the killed process was writing
             measured = row.get("validation", False) or row["tag"].startswith("val/")
-            if row["step"] < step or (row["step"] == step and (validated or not measured)):
+            if row["step"] < step or (0 < row["step"] == step and (validated or not measured)):
                 kept.append(line)
         _replace(file, "".join(kept))
 

@@ -277,7 +277,7 @@ class StarFlow(GenerativeModule):
     @torch.no_grad()
     def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Noisy data, and what comes back from the flow, (B, *codec.shape) each; they differ by rounding only."""
-        x = self._noisy(batch)
+        x = self._noisy(batch, SampleNoise(range(_rows(batch))))  # training draws go on as if nothing had been shown
         y, size = self._told(batch, True), self.net.grid(x)
         return x, self.net.unpatchify(invert(self.net, self.net(x, y).z, y, size=size)[-1], size)
 

@@ -231,8 +231,9 @@ class TarFlow(GenerativeModule):
     def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Noisy images, and what comes back from the flow, (B, C, H, W) each; they differ by rounding only."""
         image = batch["image"]
-        draw = torch.rand if self.noise_type == "uniform" else torch.randn
-        x, y = self._noisy(batch, draw(image.shape, device=image.device)), self._labels(batch)
+        noise = SampleNoise(range(len(image)), image.device)  # training draws go on as if nothing had been shown
+        draw = noise.uniform if self.noise_type == "uniform" else noise.normal
+        x, y = self._noisy(batch, draw(*image.shape[1:])), self._labels(batch)
         z = self.net(x, y).z / self.net.var.sqrt()  # the inversion starts from a standard normal prior
         return x, self.net.unpatchify(invert(self.net, z, y)[-1])
 

@@ -40,6 +40,12 @@ def test_rows_of_an_owed_validation_go_too(logged: Run) -> None:
     assert rows(logged) == [(4, "train/loss"), (5, "train/loss"), (5, "health/skipped_steps")]
 
 
+def test_a_run_that_begins_again_keeps_no_row(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text('{"step": 0, "tag": "health/reconstruction_error", "value": 0.0}\n')
+    Run(tmp_path).truncate_metrics(0, validated=True)
+    assert rows(Run(tmp_path)) == []
+
+
 def test_best_value_of_a_distance_is_its_lowest(tmp_path: Path) -> None:
     points = [("metrics/fd_digits", step, value) for step, value in ((2, 0.4), (4, 0.2), (6, 0.3), (8, None))]
     points += [("metrics/recall_digits", 2, 0.5)]

@@ -138,7 +138,10 @@ def test_the_room_works_in_latent_space() -> None:
     torch.testing.assert_close(starflow.log_likelihood(data, seeds=[3, 4, 5, 6]), 48 * log_p)
     assert starflow.likelihood_space == "noisy latents"
     assert starflow.classify(data).shape == (4,)
+    state = torch.get_rng_state()
     x, again = starflow.reconstruct(data)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(x, starflow.reconstruct(data)[0])
     torch.testing.assert_close(x, again, atol=2e-5, rtol=0)
 
 

@@ -122,7 +122,10 @@ def test_variance_follows_training_updates() -> None:
 def test_what_goes_through_the_flow_comes_back(options: dict[str, object]) -> None:
     tarflow = room(**options)  # type: ignore[arg-type]
     tarflow.net.var.mul_(1.5 if "nvp" in options else 1.0)
+    state = torch.get_rng_state()
     x, again = tarflow.reconstruct(batch())
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(x, tarflow.reconstruct(batch())[0])
     assert x.shape == (6, 1, 8, 8)
     torch.testing.assert_close(x, again, atol=2e-5, rtol=0)
 
