@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import socket
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -221,8 +222,8 @@ class Encoding:
                     f"{self.out} is being written by process {stream.read() or 'unknown'} of another start. Wait for"
                     " it, or stop it: the same command goes on."
                 ) from None
-            except OSError:
-                pass  # some network file systems have no locks
+            except OSError as error:  # some network file systems are mounted without locks
+                warnings.warn(f"{stream.name} cannot be locked ({error}); take care to start this once.", stacklevel=3)
             stream.truncate(0)
             stream.write(str(os.getpid()))
             stream.flush()

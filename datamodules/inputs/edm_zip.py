@@ -69,7 +69,7 @@ class EdmZip(Inputs):
         try:
             with self._zip.open(member) as file:
                 data = within(file.read(self._max_bytes + 1), self._max_bytes)
-        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
+        except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, zlib.error) as error:
             raise Refused("cannot be read", str(error)) from error
         if self._labels is None:
             return Item(data)
