@@ -1,5 +1,6 @@
 """STARFlow as a room of the house: draws noise, calls the formulas, reports terms, samples and likelihoods."""
 
+import inspect
 import math
 import secrets
 import warnings
@@ -328,16 +329,9 @@ class StarFlow(GenerativeModule):
             (n, *codec.shape) float32, of another height and width if ``aspect`` says so; pixels are clipped to [-1, 1].
         """
         how = plan(
-            guidance,
-            guidance_rule,
-            guide_blocks,
-            attention_temperature,
-            denoise,
-            jacobi_window,
-            jacobi_tolerance,
-            jacobi_blocks,
-            aspect,
-        )
+            guidance, guidance_rule, guide_blocks, attention_temperature, denoise,
+            jacobi_window, jacobi_tolerance, jacobi_blocks, aspect,
+        )  # fmt: skip
         y = self._request(len(seeds), condition, how)
 
         def draw(fresh: Sequence[int], rows: list[int] | None, source: Noise | None = None) -> Tensor:
@@ -358,9 +352,14 @@ class StarFlow(GenerativeModule):
         Returns:
             ``num_blocks`` + 2 tensors, (n, *codec.shape) each, not clipped; one fewer when nothing is denoised.
         """
-        how = plan(**settings)
+        how = plan(**self._defaults() | settings)
         y = self._request(len(seeds), condition, how)
         return self._path(noise or SampleNoise(seeds, self.device), y, how)
+
+    def _defaults(self) -> dict[str, Any]:
+        """Settings of ``sample`` as its signature has them."""
+        known = inspect.signature(self.sample).parameters.values()
+        return {each.name: each.default for each in known if each.kind is each.KEYWORD_ONLY and each.name != "noise"}
 
     def _path(self, noise: Noise, y: Tensor | None, how: Plan) -> list[Tensor]:
         size = self._size(how.aspect)
@@ -406,7 +405,7 @@ class StarFlow(GenerativeModule):
             )
         if given != side:
             missing = F.adaptive_max_pool2d(missing.float(), side) > 0
-        how = plan(denoise=denoise, jacobi_window=jacobi_window)
+        how = plan(**self._defaults() | {"denoise": denoise, "jacobi_window": jacobi_window})
         y = self._request(len(seeds), condition, how)
         clean, noise = self.codec.encode(batch), SampleNoise(seeds, self.device)
         known = clean + self._sigma * noise.normal(*self.codec.shape)

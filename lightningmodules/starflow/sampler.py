@@ -95,15 +95,15 @@ class Plan(NamedTuple):
 
 
 def plan(
-    guidance: float = 1.0,
-    guidance_rule: str = "precision",
-    guide_blocks: str = "all",
-    attention_temperature: float = 1.0,
-    denoise: float = 1.0,
-    jacobi_window: int = 0,
-    jacobi_tolerance: float = 1e-4,
-    jacobi_blocks: str = "shallow",
-    aspect: str = "1:1",
+    guidance: float,
+    guidance_rule: str,
+    guide_blocks: str,
+    attention_temperature: float,
+    denoise: float,
+    jacobi_window: int,
+    jacobi_tolerance: float,
+    jacobi_blocks: str,
+    aspect: str,
 ) -> Plan:
     """The arguments of ``StarFlow.sample``, which explains them, checked.
 
