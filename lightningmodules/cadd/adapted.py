@@ -17,18 +17,6 @@ from lightningmodules.shared.token_transformer import FREQUENCIES, LOGITS, cross
 Rotation = tuple[Tensor, Tensor]
 
 
-class RootMeanSquare(nn.Module):
-    """Division by the root mean square, computed in float32."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension; shape and dtype of ``x``."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), 1e-6).to(x.dtype)
-
-
 class Attention(nn.Module):
     """Attention in which neighbouring query heads share keys and values."""
 
@@ -67,9 +55,9 @@ class Layer(nn.Module):
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, inner: int) -> None:
         super().__init__()
-        self.input_layernorm = RootMeanSquare(hidden)
+        self.input_layernorm = nn.RMSNorm(hidden, eps=1e-6)
         self.self_attn = Attention(hidden, heads, kv_heads)
-        self.post_attention_layernorm = RootMeanSquare(hidden)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=1e-6)
         self.mlp = Gated(hidden, inner)
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
@@ -140,7 +128,7 @@ class AdaptedNet(Fused, nn.Module):
         self.dim, self.rope_base = hidden // heads, rope_base
         self.embed_tokens = nn.Embedding(rows, hidden)
         self.layers = nn.ModuleList(Layer(hidden, heads, kv_heads, inner) for _ in range(blocks))
-        self.norm = RootMeanSquare(hidden)
+        self.norm = nn.RMSNorm(hidden, eps=1e-6)
         self.lm_head = nn.Linear(hidden, rows, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
