@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules import catalogue, manifest, overview, salvage, survey, tarindex
+from datamodules import catalogue, manifest, overview, salvage, stamp, survey, tarindex
 from datamodules.catalogue import ShardEntry
 from datamodules.inputs.accept import whole
 from datamodules.inputs.entries import Refused
@@ -136,8 +136,9 @@ class _ShardCheck:
             labels = survey.labels(self.path, index)
             shapes = survey.shapes(self.path, index)
             self._check_index(index, shapes)
-            stamp = self.entry.sha256 if self.entry is not None and self._intact else ""
-            if overview.agrees(self.beside, self.path.name, stamp, index) is False:
+            self._check_stamp()
+            hashed = self.entry.sha256 if self.entry is not None and self._intact else ""
+            if overview.agrees(self.beside, self.path.name, hashed, index) is False:
                 self._add("", f"{overview.FILE_NAME} says something else. Delete it and type data index")
             if told := _dotted(index.extensions):
                 self._add("", told)
@@ -189,6 +190,14 @@ class _ShardCheck:
             wrong = (shapes != survey.header_shapes(self.path, index)).any(axis=1)
             for row in np.flatnonzero(wrong):
                 self._add(index.key(int(row)), "its size is not the one in the index file beside the shard")
+
+    def _check_stamp(self) -> None:
+        """What the shard's header says of its members."""
+        with self.path.open("rb") as file:
+            stated = stamp.read(file.fileno())
+        for name, found in stated.items() if self.card else ():
+            if told := stamp.differences(found, self.card.get(name, {})):
+                self._add("", f"its header says of .{name} {told} in {catalogue.FILE_NAME}")
 
     def _lost(self, index: TarIndex) -> Iterator[tuple[str, str]]:
         """Samples that the damage hides: repeated keys, what lies behind it, and what the index file knows."""

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from datamodules import catalogue, overview, survey, tarindex
+from datamodules import catalogue, overview, stamp, survey, tarindex
 from datamodules.catalogue import Catalogue, ShardEntry
 from datamodules.overview import Overview
 from datamodules.tarindex import TarIndex
@@ -43,6 +43,7 @@ def write_indices(
             f"Move them away, or delete {catalogue.FILE_NAME} and type the command again."
         )
     written = 0
+    card = stamp.together(paths) if found is None else {}
     try:
         for one, (index, measured, _) in zip(paths, made, strict=True):
             if measured is not None:
@@ -56,7 +57,7 @@ def write_indices(
         ):
             overview.describe(path, shards)
         if found is None:
-            whole = Catalogue(name or path.resolve().name, licence, {}, shards)
+            whole = Catalogue(name or path.resolve().name, licence, {}, shards, card)
             write_text(path / catalogue.FILE_NAME, whole.to_json())
     except OSError as error:
         raise ValueError(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules import catalogue, overview, spans
+from datamodules import catalogue, overview, spans, stamp
 from datamodules.files import Files, LocalFiles
 from datamodules.held import Held
 from datamodules.order import Ints, fingerprint
@@ -73,6 +73,7 @@ class ShardSet:
         self._lock = threading.Lock()
         self._loading = [threading.Lock() for _ in range(16)]
         self._places: dict[str, Held] = {}  # of members, by extension
+        self._described: dict[str, dict[str, Any]] = {}
         sizes = self.files.sizes
         self.bytes = sum(sizes)
         stock = take_stock(self.files, setting, max_bad_fraction, _CHECKED_BYTES)
@@ -188,12 +189,9 @@ class ShardSet:
         return table
 
     def described(self, name: str) -> dict[str, Any]:
-        """Entry of the data set's card, e.g. of a member; empty where index.json says nothing.
-
-        Raises:
-            ValueError: the folders of the set disagree.
-        """
-        return catalogue.agreed(self.files.cards, name, self.setting)
+        """Entry of the data set's card, e.g. of a member; empty where index.json says nothing; see ``stamp.agreed``."""
+        found = self._described[name] = self._described.get(name) or stamp.agreed(self.files, name, self.setting)
+        return dict(found)
 
     def stored(self, shard: int, name: str, width: int) -> Ints | None:
         """Measured numbers (n, width) if they are known without reading the samples, else None."""
@@ -412,6 +410,7 @@ class ShardSet:
             return handle
         with self._loading[shard % len(self._loading)]:
             handle = self._handles.get(shard) or Handle(self.files.open(shard))
+            stamp.compare(handle.file, self._described, f"{self.setting}: {self.names[shard]}")
         with self._lock:
             self._handles[shard] = handle
             if len(self._handles) > self.open_shards:
@@ -475,15 +474,14 @@ def open_source(
         first = RemoteFiles.find(remote, setting, allow_missing, cache_bytes)
         further = {name: first.column(name) for name in columns}
         check_room([first, *further.values()], window)
-        primary = opened(first)
-        return Joined(primary, {name: opened(part) for name, part in further.items()}) if further else primary
+        primary, others = opened(first), {name: opened(part) for name, part in further.items()}
+        return Joined(primary, others) if others else primary
     paths = find([text.removeprefix("file://").removeprefix("file:") for text in texts], root, setting, allow_missing)
     if len(paths) == 1 and paths[0].is_dir():
         if columns:
             raise ValueError(f"data.columns={list(columns)} needs shards, but {setting}='{paths[0]}' is a folder.")
         return ImageFolder(paths[0], setting)
-    primary = opened(paths)
-    others = {name: opened(_column(root / name, paths)) for name in columns}
+    primary, others = opened(paths), {name: opened(_column(root / name, paths)) for name in columns}
     return Joined(primary, others) if others else primary
 
 

@@ -241,12 +241,12 @@ def scan_open(file: int) -> TarIndex:
     try:
         for name, offset, size in _members(file):
             grouping.add(name, offset, size)
-    except _Damage as damage:
+    except Damage as damage:
         grouping.cut(str(damage), damage.name)
     return grouping.index(os.fstat(file).st_size)
 
 
-class _Damage(Exception):
+class Damage(Exception):
     """The archive cannot be read further; ``name`` is the member at hand when it is known."""
 
     def __init__(self, text: str, name: str = "") -> None:
@@ -331,7 +331,7 @@ def _members(file: int) -> Iterator[tuple[str, int, int]]:
     """Yield (name, byte offset of the content, content size) of every regular file in an open tar."""
     end = os.fstat(file).st_size
     if os.pread(file, 2, 0) == b"\x1f\x8b":
-        raise _Damage("it is gzip-compressed, which cannot be read by offset; unpack it with gunzip")
+        raise Damage("it is gzip-compressed, which cannot be read by offset; unpack it with gunzip")
     at = 0
     shared: dict[str, str] = {}
     own: dict[str, str] = {}
@@ -340,21 +340,21 @@ def _members(file: int) -> Iterator[tuple[str, int, int]]:
         if header == _ZERO:
             return _check_tail(file, at, end)
         if len(header) < BLOCK:
-            raise _Damage(f"truncated at byte {end}: the end-of-archive blocks are missing")
+            raise Damage(f"truncated at byte {end}: the end-of-archive blocks are missing")
         _check_header(header, at)
         kind = header[156:157]
         name = own.get("path") or shared.get("path") or _name(header)
         size = 0 if kind in _WITHOUT_DATA else _size(header, own, at)
         start = at + BLOCK
         if start + size > end:
-            raise _Damage(f"truncated at byte {end}: {start + size - end} bytes of {name} are missing", name)
+            raise Damage(f"truncated at byte {end}: {start + size - end} bytes of {name} are missing", name)
         if kind in b"gxX":
-            (shared if kind == b"g" else own).update(_pax(os.pread(file, size, start), at))
+            (shared if kind == b"g" else own).update(pax_records(os.pread(file, size, start), at))
         elif kind in b"LK":
             own["path" if kind == b"L" else "linkpath"] = _text(os.pread(file, size, start))
         else:
             if kind == b"S" or any(word.startswith("GNU.sparse.") for word in own):
-                raise _Damage(f"member {name} at byte {at} is stored sparse and cannot be read by offset", name)
+                raise Damage(f"member {name} at byte {at} is stored sparse and cannot be read by offset", name)
             if kind in _REGULAR and not name.endswith("/"):
                 yield name, start, size
             own = {}
@@ -370,7 +370,7 @@ def _check_header(header: bytes, at: int) -> None:
     except ValueError:
         fine = False
     if not fine:
-        raise _Damage(f"damaged header at byte {at} (wrong checksum)" if at else "it is not a tar file")
+        raise Damage(f"damaged header at byte {at} (wrong checksum)" if at else "it is not a tar file")
 
 
 def _check_tail(file: int, at: int, end: int) -> None:
@@ -379,16 +379,16 @@ def _check_tail(file: int, at: int, end: int) -> None:
     for begin in range(at, end, step):
         used = np.frombuffer(os.pread(file, step, begin), dtype=np.uint8) != 0
         if used.any():
-            raise _Damage(f"zero block at byte {at} inside the archive, data goes on at byte {begin + used.argmax()}")
+            raise Damage(f"zero block at byte {at} inside the archive, data goes on at byte {begin + used.argmax()}")
     if end - at < 2 * BLOCK:
-        raise _Damage(f"truncated at byte {end}: the end-of-archive blocks are missing")
+        raise Damage(f"truncated at byte {end}: the end-of-archive blocks are missing")
 
 
 def _size(header: bytes, own: dict[str, str], at: int) -> int:
     if "size" not in own:
         return _number(header[124:136], at)
     if not own["size"].isdigit():
-        raise _Damage(f"damaged pax header before byte {at} (size {own['size']!r})")
+        raise Damage(f"damaged pax header before byte {at} (size {own['size']!r})")
     return int(own["size"])
 
 
@@ -399,7 +399,7 @@ def _number(raw: bytes, at: int) -> int:
     try:
         return int(raw.split(b"\0", 1)[0].strip() or b"0", 8)
     except ValueError:
-        raise _Damage(f"damaged header at byte {at} (a number field holds {raw!r})") from None
+        raise Damage(f"damaged header at byte {at} (a number field holds {raw!r})") from None
 
 
 def _text(raw: bytes) -> str:
@@ -413,13 +413,13 @@ def _name(header: bytes) -> str:
     return f"{prefix}/{name}" if prefix else name
 
 
-def _pax(raw: bytes, at: int) -> dict[str, str]:
+def pax_records(raw: bytes, at: int) -> dict[str, str]:
     """Parse the records "<length> <field>=<value><newline>" of a pax header."""
     fields: dict[str, str] = {}
     while raw.strip(b"\0"):
         length, _, _rest = raw.partition(b" ")
         if not length.isdigit() or not 0 < int(length) <= len(raw):
-            raise _Damage(f"damaged pax header at byte {at}")
+            raise Damage(f"damaged pax header at byte {at}")
         record = raw[len(length) + 1 : int(length)]
         name, _, value = record.removesuffix(b"\n").partition(b"=")
         fields[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
@@ -433,7 +433,7 @@ def states(header: bytes, size: int) -> bool:
         return True
     try:
         return len(header) == BLOCK and (_number(header[124:136], 0) == size or size >= 8**11)
-    except _Damage:
+    except Damage:
         return False
 
 

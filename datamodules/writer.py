@@ -19,7 +19,7 @@ import simplejpeg
 from PIL import Image
 from webdataset import TarWriter
 
-from datamodules import catalogue, overview, tarindex
+from datamodules import catalogue, overview, stamp, tarindex
 from datamodules.catalogue import Catalogue, ShardEntry
 from datamodules.transforms import IMAGE_EXTENSIONS
 
@@ -136,7 +136,7 @@ class DatasetWriter:
         number = 0
         for sample in samples:
             if shard is None:
-                shard = ShardFile(self._temporary / f"{split}-{number:06d}.tar", measures)
+                shard = ShardFile(self._temporary / f"{split}-{number:06d}.tar", measures, stamp.of(self.card))
                 number += 1
             shard.write(sample)
             before += 1
@@ -173,9 +173,12 @@ class ShardFile:
     Args:
         path: the shard's final name, in a folder that exists.
         measures: name -> integers about a sample that are kept in the index file, beside "shape" of images.
+        entries: what the shard is to say of its members by itself, see :mod:`datamodules.stamp`.
     """
 
-    def __init__(self, path: Path, measures: Mapping[str, Measure] | None = None) -> None:
+    def __init__(
+        self, path: Path, measures: Mapping[str, Measure] | None = None, entries: Mapping[str, Any] | None = None
+    ) -> None:
         self.path = path
         self.samples = 0
         self.bytes = 0
@@ -185,6 +188,7 @@ class ShardFile:
         self._part = path.with_name(f"{path.name}.part")
         self._file = _HashingFile(self._part.open("wb"))
         self._buffer = io.BufferedWriter(self._file, _BUFFER)  # the tar writer passes on 10 kB at a time
+        self._buffer.write(stamp.header(entries or {}))
         self._tar = TarWriter(self._buffer, **_REPRODUCIBLE)
 
     def write(self, sample: Sample) -> None:

@@ -17,7 +17,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,10 +41,12 @@ class Encoder(Protocol):
     Attributes:
         name: where it comes from, for the card.
         settings: everything that decides the bytes it makes; JSON values.
+        stamp: what every shard is to say of its members, as far as it is known before all are encoded.
     """
 
     name: str
     settings: dict[str, Any]
+    stamp: dict[str, Any]
 
     def read(self, members: Mapping[str, bytes]) -> Any:
         """What is needed of a sample; called from several threads.
@@ -115,7 +117,8 @@ class Encoding:
         self.source, self.encoder, self.out, self.choices, self.origin = source, encoder, out, choices, origin
         self.work = out / WORK
         self.settings = {**encoder.settings, "source": source.fingerprint}
-        self._writer, self._catalogue = (import_module(f"datamodules.{name}") for name in ("writer", "catalogue"))
+        parts = (import_module(f"datamodules.{name}") for name in ("writer", "catalogue", "stamp"))
+        self._writer, self._catalogue, self._stamp = parts
 
     def check(self) -> Any:
         """See whether the folder can be used, before anything expensive is done.
@@ -165,7 +168,7 @@ class Encoding:
                 mine = range(self.choices.rank, len(self.source.names), self.choices.world)
                 todo = [shard for shard in mine if self._record(shard) is None]
                 self._encode(todo, progress)
-                index = self._publish()
+                index = self._publish(progress)
         return self._ended(index, len(todo), len(mine) - len(todo))
 
     # The folder
@@ -272,13 +275,13 @@ class Encoding:
         except ValueError as error:
             return error
 
-    def _publish(self) -> Any:
+    def _publish(self, progress: Progress) -> Any:
         """Write index.json if all shards are there; None if other processes still work."""
         records = {name: self._record(shard) for shard, name in enumerate(self.source.names)}
         index = self._catalogue.read(self.out)
         if index is None and all(records.values()):
             found = {name: record for name, record in records.items() if record is not None}
-            index = self._listed(found)
+            index = self._listed(found, progress)
             skipped = [{"shard": name, **one} for name, record in found.items() for one in record["skipped"]]
             if skipped:
                 _write(self.out / SKIPPED, "".join(f"{json.dumps(one)}\n" for one in skipped))
@@ -288,15 +291,18 @@ class Encoding:
             self._writer.sync_folder(self.out)
         return index
 
-    def _listed(self, records: Mapping[str, dict[str, Any]]) -> Any:
+    def _listed(self, records: Mapping[str, dict[str, Any]], progress: Progress) -> Any:
         sums: Sums = np.array([record["sums"] for record in records.values()], dtype=np.float64).sum(axis=0)
         skipped = sum(len(record["skipped"]) for record in records.values())
         name, licence = self.origin
-        card = {
-            **self.encoder.card(sums),
-            ENTRY: {**self.settings, "encoder_name": self.encoder.name, "skipped": skipped},
-        }
+        members = self.encoder.card(sums)
+        card = {**members, ENTRY: {**self.settings, "encoder_name": self.encoder.name, "skipped": skipped}}
         shards = {name: self._catalogue.ShardEntry(**record["entry"]) for name, record in records.items()}
+        if (entries := self._stamp.of(members)) != self.encoder.stamp:  # a scale is measured over all samples
+            for done, (shard, entry) in enumerate(shards.items()):
+                progress("stamping", done, len(shards), shard)
+                self._stamp.replace(self.out / shard, entries)
+                shards[shard] = replace(entry, sha256=self._catalogue.sha256(self.out / shard))
         sources = {name: self.source.fingerprint}
         return self._catalogue.Catalogue(self.out.absolute().name, licence, sources, shards, card)
 
@@ -316,7 +322,7 @@ class _Shard:
         self.job, self.name = job, job.source.names[shard]
         self._sums: Any = 0.0
         self._skipped: list[dict[str, str]] = []
-        self._file = job._writer.ShardFile(job.out / self.name)
+        self._file = job._writer.ShardFile(job.out / self.name, entries=job.encoder.stamp)
 
     def add(self, samples: Sequence[int], items: Sequence[Any]) -> None:
         """Encode a batch and write it; an item that is a ValueError says why its sample cannot be used."""

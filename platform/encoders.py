@@ -62,6 +62,7 @@ class Pictures:
         self.white, self.size, self.resize, self.flip, self.scale, self.shift = white, size, resize, flip, scale, shift
         self.shape = [2 * net.latent_channels, size[0] // net.factor, size[1] // net.factor]
         self._encoder = net.fingerprint()
+        self.stamp = self._entry(scale)
         self.settings = {
             "action": "latents",
             "encoder": self._encoder,
@@ -122,8 +123,11 @@ class Pictures:
         """What readers of the latents must know, and how the numbers are spread before scale and shift."""
         mean, std = self.spread(sums)
         scale = float(f"{1 / std:.5g}") if self.scale == MEASURE else self.scale
+        return {**self._entry(scale), "spread": {"mean": mean, "std": std}}
+
+    def _entry(self, scale: float | str) -> dict[str, Any]:
         card = self._cards.latent_card(shape=self.shape, encoder=self._encoder, scale=scale, flip=self.flip)
-        return {"lat": {**card["lat"], "shift": self.shift}, "spread": {"mean": mean, "std": std}}
+        return {"lat": {**card["lat"], "shift": self.shift}}
 
     @torch.no_grad()
     def _moments(self, images: Tensor) -> Tensor:
@@ -170,6 +174,9 @@ class Captions:
             "width": encoder.width,
             "dtype": kind,
         }
+        make = import_module("datamodules.latents").features_card
+        more = {"length": encoder.length, "caption": caption, "name": name}
+        self.stamp = {member: {**make(member, encoder.width, encoder.fingerprint, kind)[member], **more}}
 
     def read(self, members: Mapping[str, bytes]) -> str:
         """The caption.
@@ -194,11 +201,8 @@ class Captions:
 
     def card(self, sums: Any) -> dict[str, Any]:
         """What readers of the features must know, with the features of the empty caption, which stands for none."""
-        make = import_module("datamodules.latents").features_card
-        card = make(self.member, self.encoder.width, self.encoder.fingerprint, self.kind)[self.member]
         null = base64.b64encode(self.encode([""])[0][0][self.member]).decode()
-        more = {"length": self.encoder.length, "caption": self.caption, "name": self.name}
-        return {self.member: {**card, **more}, NULL: {self.member: null}, "rows": {"mean": float(sums[1] / sums[0])}}
+        return {**self.stamp, NULL: {self.member: null}, "rows": {"mean": float(sums[1] / sums[0])}}
 
 
 def open_autoencoder(path: str, weights: str | None, white: int | None) -> tuple[AutoencoderKL, int, float | str]:

@@ -3,6 +3,7 @@
 import base64
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules import catalogue
+from datamodules import catalogue, check, indexing, stamp
 from datamodules.image_text import ImageText
 from datamodules.latents import Latents
+from datamodules.shards import ShardSet
 from lightningmodules.shared import autoencoder, codecs
 from lightningmodules.shared.autoencoder import AutoencoderKL
 from lightningmodules.shared.text_encoders import RandomBytes
@@ -261,7 +263,13 @@ def test_a_run_is_an_encoder(here: Path, made: Path, monkeypatch: pytest.MonkeyP
     wanted, found = (catalogue.read(folder) for folder in (made / "pictures" / "latents", here / "out"))
     assert wanted is not None
     assert found is not None
-    assert found.shards == wanted.shards
+    assert found.shards.keys() == wanted.shards.keys()
+    for name, entry in found.shards.items():
+        assert entry.sha256 == catalogue.sha256(here / "out" / name)
+        with (here / "out" / name).open("rb") as file:
+            assert stamp.read(file.fileno()) == {"lat": found.card["lat"]}
+        told = [(one.samples, one.bytes, one.classes) for one in (entry, wanted.shards[name])]
+        assert told[0] == told[1]
     assert found.card["lat"]["scale"] == pytest.approx(1 / found.card["spread"]["std"], rel=1e-4)
     assert call("latents", "pictures", "other", "--encoder", "run", "--white", "255") == 2
     assert "the run run was trained with white at 240" in capsys.readouterr().err
@@ -337,3 +345,42 @@ def test_words() -> None:
     args = verbs.parse("prepare", ["--tiny", "quickstart", "seed=1"])
     assert (args.action, args.experiment, args.overrides, args.tiny) == (None, "quickstart", ["seed=1"], True)
     assert verbs.parse("prepare", ["text-features", "a", "b", "--encoder", "e"]).member == "txt"
+
+
+def test_shards_tell_what_they_are(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard that was made otherwise is refused, listed or not; index.json can be made again from the shards."""
+    monkeypatch.setattr("datamodules.shards._CHECKED_BYTES", 0)  # as of a large set, which is not hashed at the start
+    whole = tmp_path / "whole"
+    shutil.copytree(made / "pictures" / "latents", whole)
+    card = catalogue.read(whole).card["lat"]  # type: ignore[union-attr]
+    (whole / "index.json").unlink()
+    indexing.write_indices(whole, name=None, licence="", workers=1, progress=lambda *_: None)
+    data = Latents(root=whole, **LATENTS)
+    data.setup("fit")
+    assert data.card == card
+    other = {**card, "encoder": "another", "scale": 0.75}
+    for listed in (False, True):
+        mixed = tmp_path / f"mixed{listed}"
+        shutil.copytree(made / "pictures" / "latents", mixed)
+        name = "train-000001.tar" if listed else "train-000002.tar"
+        if not listed:
+            (mixed / "val-000000.tar").rename(mixed / name)
+        stamp.replace(mixed / name, {"lat": other})
+        told = f"its header says of .lat encoder 'another' instead of '{card['encoder']}', scale 0.75"
+        with pytest.raises(ValueError, match=rf"{name} was made otherwise than the rest: {told}"):
+            Latents(root=mixed, **{**LATENTS, "val": None}).setup("fit")
+        problems = [problem.text for problem in check.check(mixed).problems if problem.shard == name]
+        assert any("its header says of .lat encoder 'another' instead of" in text for text in problems), problems
+
+
+def test_shard_that_changes_after_the_start(made: Path, tmp_path: Path) -> None:
+    """Shards by the thousand are asked when they are opened."""
+    shutil.copytree(made / "pictures" / "latents", tmp_path / "set")
+    paths = sorted((tmp_path / "set").glob("train-*.tar"))
+    source = ShardSet(paths, "data.train")
+    card = source.described("lat")
+    stamp.replace(paths[1], {"lat": {**card, "flip": False}})
+    out = np.empty((1, 2 * int(np.prod(card["shape"]))), np.uint8)
+    source.gather(np.array([0]), "lat", out)
+    with pytest.raises(ValueError, match=r"train-000001.tar was made otherwise .* flip False instead of True"):
+        source.gather(np.array([COUNTS[0]]), "lat", out)
