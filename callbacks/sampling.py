@@ -1,5 +1,6 @@
 """How callbacks ask a room for samples: work is cut into equal chunks."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from lightningmodules.base import GenerativeModule
 from lightningmodules.shared.conditioning import Condition
+
+_HOLES = re.compile(r"<mask(?::(\d+))?>")
 
 
 def plain(value: Any) -> Any:
@@ -53,8 +56,9 @@ def prompted(
     prompt: str,
     rows: int = 1,
     settings: Mapping[str, Any] | None = None,
+    holes: bool = True,
 ) -> Condition:
-    """The condition with a caption, or with a text that every sample begins with.
+    """The condition with a caption, or with a text that every sample begins with, which may have holes.
 
     Args:
         module: the room. One that draws pictures of captions has ``caption``; one that draws text has a codec with a
@@ -63,6 +67,7 @@ def prompted(
         prompt: the text.
         rows: number of samples.
         settings: of the sampler; an ``aspect`` ratio among them becomes part of a caption where the training had it.
+        holes: "<mask>" in a text stands for a token to be drawn, "<mask:20>" for twenty.
 
     Raises:
         ValueError: the model takes neither, or the tokenizer cannot write the prompt.
@@ -74,8 +79,18 @@ def prompted(
     tokenizer = getattr(module.codec, "tokenizer", None)
     if tokenizer is None:
         raise ValueError(f"prompt {prompt!r}: this model takes no text. Leave the prompt out.")
-    tokens = torch.tensor(tokenizer.encode(prompt).tolist(), dtype=torch.int64, device=module.device)
+    numbers: list[int] = []
+    for i, part in enumerate(_HOLES.split(prompt) if holes else [prompt]):  # text, number of tokens, text, ...
+        numbers += [-1] * int(part or 1) if i % 2 else _numbers(tokenizer, part)
+    tokens = torch.tensor(numbers, dtype=torch.int64, device=module.device)
     return replace(condition or Condition(), prompt=tokens.expand(rows, -1))
+
+
+def _numbers(tokenizer: Any, part: str) -> list[int]:
+    """Tokens of a part of a text; one that cleans texts must not take it for a whole one and cut its outer spaces."""
+    if getattr(tokenizer, "normalise", None) is None:
+        return list(tokenizer.encode(part).tolist())
+    return list(tokenizer.encode(f"a{part}a").tolist()[1:-1])
 
 
 def shares(count: int, rank: int, world: int, chunk: int) -> Iterator[tuple[list[int], int]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from lightningmodules.shared.codecs import PixelTokens
+from lightningmodules.shared.conditioning import Condition
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class Gap:
         rows, device = len(seeds), module.device
         image = self.image.to(device).expand(rows, -1, -1, -1)
         missing = self.missing.to(device).expand(rows, -1, -1, -1)
+        if not hasattr(module, "inpaint"):  # pixels are tokens, and any of them can be given
+            tokens = module.codec.encode({"image": image})
+            given = tokens.masked_fill(missing.expand_as(image).flatten(1), -1)
+            drawn = module.generate(seeds, replace(condition or Condition(), prompt=given), **settings)
+            return torch.where(missing, drawn, image)
         x, accepted = module.inpaint({"image": image}, missing, seeds, condition, **settings)
         print(f"seeds {seeds[0]}-{seeds[-1]}: {float(accepted.mean()):.0%} of the proposals after the first accepted")
         return torch.where(missing, module.codec.decode(x), image)
@@ -42,14 +50,15 @@ def read(image: str, mask: str, module: Any) -> Gap:
     Args:
         image: file of a picture of the size that the model draws, e.g. one that ``sample`` wrote.
         mask: file of a picture of the same size; bright where to fill in, dark where to keep.
-        module: the room, which needs ``inpaint``.
+        module: the room, which needs ``inpaint``, or pixels as tokens.
 
     Raises:
         ValueError: the model cannot fill in, or a file is not what is wanted.
     """
-    if not hasattr(module, "inpaint"):
+    if not hasattr(module, "inpaint") and not isinstance(module.codec, PixelTokens):
         raise ValueError(
-            f"--image: {type(module).__name__} draws whole pictures and fills in none (STARFlow does). Leave it out."
+            f"--image: {type(module).__name__} fills in no pictures here (STARFlow does, and CADD where pixels are"
+            " tokens). Leave it out."
         )
     pixels = getattr(module.codec, "pixels", module.codec)
     kind = "L" if pixels.channels == 1 else "RGB"

@@ -34,7 +34,9 @@ def run(args: argparse.Namespace) -> int:
     module, cfg = load_module(args.run, args.weights or "ema")
     decoder = use_decoder(module, args.decoder)
     gap = None if args.image is None else inpainting.read(args.image, args.mask, module)
-    settings = configs.check_sampling(cfg, args.overrides, "sample" if gap is None else "inpaint")
+    settings = configs.check_sampling(
+        cfg, args.overrides, "inpaint" if gap is not None and hasattr(module, "inpaint") else "sample"
+    )
     draw = partial(_generate if gap is None else gap.fill, module)
     labels = _labels(module, args.seeds, args.label)
     if args.prompt is not None:
@@ -93,11 +95,11 @@ def _check_prompt(module: Any, prompt: str) -> None:
     from callbacks.sampling import prompted
 
     tokens = prompted(module, None, prompt).prompt
-    length = -1 if tokens is None else tokens.shape[1]  # a caption has its own length
-    if length >= module.codec.shape[0]:
-        raise ValueError(
-            f"--prompt has {length} tokens, and a sample of this model has {module.codec.shape[0]}. Type a shorter one."
-        )
+    if tokens is None:  # a caption, which has its own length
+        return
+    length, longest = tokens.shape[1], module.codec.shape[0]
+    if length > longest or (length == longest and bool((tokens >= 0).all())):
+        raise ValueError(f"--prompt has {length} tokens, and a sample of this model has {longest}. Type a shorter one.")
 
 
 def _write(

@@ -75,5 +75,5 @@ def _answers(module: Any, prompt: str, answers: int, settings: dict[str, Any]) -
     """Continuations of a prompt, one per seed, without the prompt."""
     from callbacks.sampling import prompted
 
-    texts = module.generate(list(range(answers)), prompted(module, None, prompt, answers), **settings)
+    texts = module.generate(list(range(answers)), prompted(module, None, prompt, answers, holes=False), **settings)
     return [text.removeprefix(prompt) for text in texts]

@@ -213,7 +213,10 @@ def _sample(parser: Parser) -> None:
         "--label", type=at_least(-1), metavar="N", help="class, 0 to classes - 1, or -1 for none (default: all in turn)"
     )
     parser.add_argument(
-        "--prompt", metavar="TEXT", help="how every text begins, or caption of every picture (default: none)"
+        "--prompt",
+        metavar="TEXT",
+        help="how every text begins, <mask> or <mask:20> for tokens to be drawn between what is given; or caption of"
+        " every picture (default: none)",
     )
     gap = parser.add_argument_group("filling in a part of a picture, where the method can")
     gap.add_argument("--image", metavar="FILE", help="the picture, as sample writes them (default: none)")

@@ -118,6 +118,11 @@ class Causal(GenerativeModule):
             )
         uniform = (noise or SampleNoise(seeds, self.device)).uniform(*self.codec.shape, dtype=torch.float64)
         prompt = None if condition is None else condition.prompt
+        if prompt is not None and bool((prompt < 0).any()):
+            raise ValueError(
+                "The prompt has holes, but a causal model writes from left to right. Leave <mask> out, or sample from a"
+                " masked model (mdlm_..., cadd_...)."
+            )
         training = self.training
         self.eval()
         try:

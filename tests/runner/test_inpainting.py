@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import hydra
 import numpy as np
@@ -12,15 +13,28 @@ from lightningmodules.shared import autoencoder
 from platform import cli, config, weights
 
 
+def untrained(name: str, folder: Path) -> Any:
+    """The room of an experiment in miniature, whose weights are in ``folder`` now."""
+    cfg = config.compose(name, [], tiny=True)
+    room = hydra.utils.instantiate(cfg.module, _convert_="all")
+    room.configure_model()
+    weights._write(folder, room.weights("raw"), cfg, {"weights": "raw", "step": 0})
+    return room
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A weights folder of a small flow on latents."""
-    cfg = config.compose("starflow_digits_latent", [], tiny=True)
-    room = hydra.utils.instantiate(cfg.module, _convert_="all")
-    room.configure_model()
     folder = tmp_path_factory.mktemp("weights") / "flow"
-    weights._write(folder, room.weights("raw"), cfg, {"weights": "raw", "step": 0})
-    autoencoder.save(room.codec.autoencoder, folder.parent / "vae")
+    autoencoder.save(untrained("starflow_digits_latent", folder).codec.autoencoder, folder.parent / "vae")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weights folder of a small model of pixels as tokens."""
+    folder = tmp_path_factory.mktemp("weights") / "tokens"
+    untrained("cadd_digits", folder)
     return folder
 
 
@@ -31,7 +45,11 @@ def call(*words: object) -> int:
         return int(end.code or 0)
 
 
-def test_a_part_is_filled_in_and_the_rest_stays(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "setting"), [("model", "iterations"), ("tokens", "steps")])
+def test_a_part_is_filled_in_and_the_rest_stays(
+    kind: str, setting: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model: Path = request.getfixturevalue(kind)
     picture = (np.arange(64).reshape(8, 8) // 4 * 15).astype(np.uint8)
     mask = np.zeros((8, 8), np.uint8)
     mask[4:] = 255
@@ -47,14 +65,14 @@ def test_a_part_is_filled_in_and_the_rest_stays(model: Path, tmp_path: Path) -> 
         "--out",
         tmp_path / "o",
     ]
-    assert call(*words, "--seeds", "3-5", "--label", 7, "iterations=2") == 0
+    assert call(*words, "--seeds", "3-5", "--label", 7, f"{setting}=2") == 0
     drawn = [np.array(Image.open(tmp_path / "o" / f"seed_{seed:06d}.png")) for seed in (3, 4, 5)]
     for image in drawn:
         assert np.array_equal(image[:4], picture[:4])
         assert not np.array_equal(image[4:], picture[4:])
     assert not np.array_equal(drawn[0], drawn[1])
     settings = json.loads((tmp_path / "o" / "settings.json").read_text())["settings"]
-    assert settings == {"iterations": 2}
+    assert settings[setting] == 2
 
 
 def test_mistakes_are_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,12 +4,15 @@ import json
 import math
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from callbacks import text_quality
+from callbacks.sampling import prompted
+from datamodules.tokenizers import Characters
 from datamodules.writer import DatasetWriter
 from lightningmodules.cadd.network import CaddNet
 from platform import cli, config
@@ -53,6 +56,23 @@ def test_the_bound_is_logged_by_tenths_of_the_time(runs: Path, name: str, parts:
     for part, whole in zip(names, bound, strict=True):
         if parts:
             assert sum(values[f"likelihood/{kind}_{part}"] for kind in parts) == pytest.approx(whole)
+
+
+def test_holes_in_a_prompt_are_filled(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sample", str(runs / "cadd_copy-tiny"), "--seeds", "0-3", "--out", str(tmp_path / "o"), "steps=4"]
+    assert cli.main([*words, "--prompt", "ab<mask:3>cd<mask>h"]) == 0
+    texts = [file.read_text() for file in sorted((tmp_path / "o").glob("seed_*.txt"))]
+    assert all(text[:2] + text[5:7] + text[8] == "abcdh" and len(text) == 16 for text in texts)
+    assert len({text[2:5] for text in texts}) > 1
+    assert "--prompt has 20 tokens" in refused(capsys, *words[:2], "--prompt", "ab<mask:18>")
+
+
+def test_outer_spaces_of_a_prompt_stay() -> None:
+    module = SimpleNamespace(codec=SimpleNamespace(tokenizer=Characters(normalise="text8")), device="cpu")
+    found = prompted(module, None, "The <mask:2> SAT, ").prompt  # type: ignore[arg-type]
+    assert found is not None
+    assert module.codec.tokenizer.decode(found[0, :4].tolist() + found[0, 6:].tolist()) == "the  sat "
+    assert found[0, 4:6].tolist() == [-1, -1]
 
 
 def test_entropy_of_samples_by_themselves_and_together() -> None:
