@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from callbacks.features.text import scored_targets
+from lightningmodules.shared import pretrained
 
 CONFIG, WEIGHTS = "config.yaml", "weights.safetensors"  # names in a folder that ``weights export`` writes
 
@@ -71,7 +72,7 @@ class Pretrained:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         if self._loaded is None:
-            model = AutoModelForCausalLM.from_pretrained(str(self.folder), local_files_only=True).eval()
+            model = pretrained.load(AutoModelForCausalLM, self.folder)
             self._loaded = model, AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
         model, tokenizer = self._loaded[0].to(device), self._loaded[1]
         rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

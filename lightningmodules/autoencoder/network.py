@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightningmodules.shared import pretrained
+
 VGG = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)  # widths; 0 halves the picture
 MEAN, SPREAD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of photographs that span [-1, 1], as LPIPS has them
 SIDE = 224  # pixels a side that networks of ImageNet were trained on
@@ -152,10 +154,7 @@ class ConvNext(nn.Module):
             if config["model_type"] not in ("convnext", "convnextv2"):
                 raise ValueError(f"config.json says model_type={config['model_type']!r}")
             kind = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
-            self.net: nn.Module
-            self.net, told = kind.from_pretrained(str(place), local_files_only=True, output_loading_info=True)
-            if told["missing_keys"]:  # they would be random
-                raise ValueError(f"its weights lack {sorted(told['missing_keys'])[0]}")
+            self.net = pretrained.load(kind, place)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(
                 f"{folder} holds no ConvNeXt ({str(error).splitlines()[0] if str(error) else type(error).__name__})."

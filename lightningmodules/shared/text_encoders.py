@@ -9,6 +9,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from lightningmodules.shared import pretrained
+
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
 _FAMILIES = {  # model_type in config.json -> class of transformers that holds the encoder alone
@@ -132,7 +134,7 @@ class Pretrained:
             import transformers
 
             family = getattr(transformers, _FAMILIES[self.family])
-            model = family.from_pretrained(str(self.folder), local_files_only=True, dtype=self.dtype).eval()
+            model = pretrained.load(family, self.folder, dtype=self.dtype)
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token

@@ -247,7 +247,7 @@ def test_convnext_compares_answers_or_features(tmp_path: Path) -> None:
     state = load_file(tmp_path / "net" / "model.safetensors")
     state.pop("layernorm.weight")
     save_file(state, tmp_path / "net" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"its weights lack layernorm\.weight"):
+    with pytest.raises(ValueError, match=r"the weights lack layernorm\.weight"):
         ConvNext(str(tmp_path / "net"))
 
 

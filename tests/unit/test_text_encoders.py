@@ -1,6 +1,7 @@
 """Frozen text encoders: families, masks, and what is said when files are missing."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -93,3 +94,15 @@ def test_random_bytes_are_the_same_everywhere():
     assert (first[0] - first[1]).abs().max() > 0.01
     other, _ = RandomBytes(width=16, length=8, seed=1).encode(["seven"])
     assert (other[0] - first[0]).abs().max() > 0.01
+
+
+def test_weights_that_lack_a_part_are_refused(tmp_path, folders):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folders / "gemma", tmp_path / "gemma")
+    file = tmp_path / "gemma" / "model.safetensors"
+    weights = load_file(file)
+    del weights["norm.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"gemma: the weights lack norm.weight, which Gemma2Model needs"):
+        Pretrained(str(tmp_path / "gemma"), length=8).encode(["a"])
