@@ -17,8 +17,8 @@ def run(args: argparse.Namespace) -> int:
 
     Args:
         args: ``run`` (run or weights folder), ``overrides`` (``key=value`` sampling settings), ``n`` (samples for
-            distances, or None for the run's own number), ``weights``, ``decoder`` (folder or None); ``problems`` and
-            what belongs to it, see ``platform.solve``, instead of the metrics.
+            distances, or None for the run's own number), ``weights``, ``decoder``, ``scorer`` and ``mauve`` (folders or
+            None); ``problems`` and what belongs to it, see ``platform.solve``, instead of the metrics.
 
     Returns:
         0.
@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.problems:
         solve.check(args)
+    judges = _judges(args.scorer, args.mauve)
     module, cfg = load_module(args.run, args.weights or "ema")
     decoder = use_decoder(module, args.decoder)
     settings = configs.check_sampling(cfg, args.overrides)
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     drawn_by = f"_decoder-{decoder}" if decoder else ""
     file = root / FOLDER / f"step_{module.updates:09d}{drawn_by}" / METRICS
     before = len(file.read_text().splitlines()) if file.is_file() else 0
-    measure(module, cfg, settings, args.n, file)
+    measure(module, cfg, settings, args.n, file, judges)
     rows = [json.loads(line) for line in file.read_text().splitlines()[before:]] if file.is_file() else []
     print(
         f"{args.run} at step {module.updates}, weights {module.active_weights},"
@@ -54,7 +55,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(module: Any, cfg: DictConfig, settings: dict[str, Any], n: int | None, file: Path) -> None:
+def _judges(scorer: str | None, mauve: str | None) -> dict[str, Any]:
+    """Settings of ``callbacks.text_quality`` that name models which judge texts."""
+    judges: dict[str, Any] = {}
+    if scorer is not None:
+        kind = "Trained" if (Path(scorer).expanduser() / "config.yaml").is_file() else "Pretrained"
+        judges["scorer"] = {"_target_": f"callbacks.features.scorer.{kind}", "folder": scorer}
+    if mauve is not None:
+        judges["mauve"] = mauve
+    return judges
+
+
+def measure(
+    module: Any,
+    cfg: DictConfig,
+    settings: dict[str, Any],
+    n: int | None,
+    file: Path,
+    judges: dict[str, Any] | None = None,
+) -> None:
     """Run the configured metrics once on the active weights.
 
     Args:
@@ -63,6 +82,10 @@ def measure(module: Any, cfg: DictConfig, settings: dict[str, Any], n: int | Non
         settings: keywords of the room's ``sample``.
         n: samples for distances, or None for the configured number.
         file: rows are added to it, one JSON object per line.
+        judges: further settings of ``callbacks.quality``.
+
+    Raises:
+        ValueError: there are judges, but no texts.
     """
     import hydra
     import lightning as L
@@ -74,6 +97,13 @@ def measure(module: Any, cfg: DictConfig, settings: dict[str, Any], n: int | Non
 
     plan = OmegaConf.to_container(cfg.callbacks, resolve=True)
     assert isinstance(plan, dict)
+    if judges:
+        if not plan.get("quality"):
+            raise ValueError(
+                f"--{next(iter(judges))} judges texts, and {cfg.experiment} has no callbacks.quality that draws some."
+                " Leave it out."
+            )
+        plan["quality"] = {**plan["quality"], **judges}
     chosen: list[Any] = [dict(plan[name]) for name in METRICS_OF if plan.get(name)]
     for entry in chosen:
         if "settings" in entry:

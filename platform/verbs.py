@@ -251,6 +251,17 @@ def _evaluate(parser: Parser) -> None:
     )
     _decoder(parser)
     _kind(parser)
+    parser.add_argument(
+        "--scorer",
+        metavar="DIR",
+        help="causal model whose perplexity texts get, a folder as transformers or weights export write it"
+        " (default: the experiment's callbacks.quality.scorer)",
+    )
+    parser.add_argument(
+        "--mauve",
+        metavar="DIR",
+        help="model whose features MAUVE compares, as transformers saves it (default: callbacks.quality.mauve)",
+    )
     code = parser.add_argument_group("programs, instead of the metrics")
     code.add_argument("--problems", metavar="FILE", help="HumanEval or MBPP file to measure pass@k on (default: none)")
     code.add_argument(

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hydra
 import lightning as L
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from lightningmodules.shared.codecs import Pixels
 from lightningmodules.shared.conditioning import Condition
 from lightningmodules.shared.noise import SampleNoise
 from lightningmodules.shared.optim import warmup_cosine
+from platform import config, weights
 from platform.stopping import StopFlag
 from platform.strategy import Sharded, shard
 
@@ -180,3 +182,12 @@ def state(room: Toy) -> dict[str, torch.Tensor]:
         for name, value in entry.items()
     }
     return {**room.state_dict(), **moments}
+
+
+def untrained(name: str, folder: Path) -> Any:
+    """The room of an experiment in miniature, whose weights are in ``folder`` now."""
+    cfg = config.compose(name, [], tiny=True)
+    room = hydra.utils.instantiate(cfg.module, _convert_="all")
+    room.configure_model()
+    weights._write(folder, room.weights("raw"), cfg, {"weights": "raw", "step": 0})
+    return room

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import hydra
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 
 from callbacks.features.text import scored_targets
@@ -91,15 +93,16 @@ class Trained:
 
     Args:
         folder: holds config.yaml and weights.safetensors.
-        tokenizer: the one the model was trained with, e.g. ``${data.tokenizer}``.
+        tokenizer: the one the model was trained with, e.g. ``${data.tokenizer}``; None makes the one that config.yaml
+            names.
         batch: rows per forward pass.
 
     Raises:
         ValueError: the folder holds no such weights, or another vocabulary.
     """
 
-    def __init__(self, folder: str, tokenizer: Any, batch: int = 32) -> None:
-        self.folder, self.tokenizer, self.batch = Path(folder).expanduser(), tokenizer, batch
+    def __init__(self, folder: str, tokenizer: Any = None, batch: int = 32) -> None:
+        self.folder, self.batch = Path(folder).expanduser(), batch
         if not all((self.folder / name).is_file() for name in (CONFIG, WEIGHTS)):
             raise ValueError(
                 f"callbacks.quality.scorer.folder={self.folder} has no {CONFIG} with {WEIGHTS}. Train and export one:"
@@ -108,6 +111,8 @@ class Trained:
             )
         self.name = self.folder.resolve().name
         self.digest = _digest(self.folder / WEIGHTS)
+        self._config = yaml.safe_load((self.folder / CONFIG).read_text())
+        self.tokenizer = tokenizer or hydra.utils.instantiate(self._config["data"]["tokenizer"])
         self._net: nn.Module | None = None
 
     @torch.no_grad()
@@ -125,10 +130,9 @@ class Trained:
         return nats, count
 
     def _load(self) -> nn.Module:
-        import yaml
         from safetensors.torch import load_file
 
-        made = dict(yaml.safe_load((self.folder / CONFIG).read_text())["module"]["net"])
+        made = dict(self._config["module"]["net"])
         package, _, name = made.pop("_target_").rpartition(".")
         made.pop("_partial_", None)
         if made.get("vocabulary") != self.tokenizer.size:

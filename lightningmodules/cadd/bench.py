@@ -21,7 +21,7 @@ from lightningmodules.shared.noise import SampleNoise
 from lightningmodules.shared.samplers.masked import Draw, Plan, reveal
 from lightningmodules.shared.timing import InTurn
 
-HIDDEN, BLOCKS, HEADS, COND = 128, 4, 4, 64
+HEAD_DIM, COND = 32, 64
 ESTIMATORS: tuple[Estimator, ...] = ("hard", "soft", "sampled")
 AGREE = 1e-4  # largest difference of logits, relative to 1 + the largest
 MOST_STEP, MOST_SAMPLING = 1.10, 1.05  # of the baseline's cost that CADD may take
@@ -43,8 +43,8 @@ def main(argv: list[str]) -> int:
         return 0
     clock = time.process_time if args.threads == 1 else time.perf_counter
     print(
-        f"width {HIDDEN}, {BLOCKS} blocks, vocabulary {args.vocabulary} and a mask, {args.length} tokens, float32, "
-        f"batch {args.batch}, {args.steps} steps, {args.threads} thread(s), torch {torch.__version__}, "
+        f"width {args.width}, {args.blocks} blocks, vocabulary {args.vocabulary} and a mask, {args.length} tokens, "
+        f"float32, batch {args.batch}, {args.steps} steps, {args.threads} thread(s), torch {torch.__version__}, "
         f"seed {args.seed}; "
         f"{'CPU' if clock is time.process_time else 'wall'} seconds, best of {args.repeats}"
     )
@@ -140,7 +140,15 @@ class _Numbers:
 
 def _room(args: argparse.Namespace, latent: Any) -> Cadd:
     room = Cadd(
-        net=partial(CaddNet, hidden=HIDDEN, blocks=BLOCKS, heads=HEADS, cond_dim=COND, length=args.length, dropout=0.0),
+        net=partial(
+            CaddNet,
+            hidden=args.width,
+            blocks=args.blocks,
+            heads=args.width // HEAD_DIM,
+            cond_dim=COND,
+            length=args.length,
+            dropout=0.0,
+        ),
         codec=Tokens(_Numbers(args.vocabulary), args.length),
         optimizer=torch.optim.AdamW,
         latent=latent,
@@ -185,6 +193,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="sequences at a time (default: 8)")
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence (default: 128)")
     parser.add_argument("--steps", type=int, default=64, help="sampling steps (default: 64)")
+    parser.add_argument("--width", type=int, default=128, help=f"of the network, times {HEAD_DIM} (default: 128)")
+    parser.add_argument("--blocks", type=int, default=4, help="of the network (default: 4)")
     parser.add_argument("--vocabulary", type=int, default=256, help="tokens (default: 256)")
     parser.add_argument(
         "--oracle",

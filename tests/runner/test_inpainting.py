@@ -2,24 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-import hydra
 import numpy as np
 import pytest
 from PIL import Image
 
 from lightningmodules.shared import autoencoder
-from platform import cli, config, weights
-
-
-def untrained(name: str, folder: Path) -> Any:
-    """The room of an experiment in miniature, whose weights are in ``folder`` now."""
-    cfg = config.compose(name, [], tiny=True)
-    room = hydra.utils.instantiate(cfg.module, _convert_="all")
-    room.configure_model()
-    weights._write(folder, room.weights("raw"), cfg, {"weights": "raw", "step": 0})
-    return room
+from platform import cli
+from tests.toy import untrained
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from lightningmodules.cadd.network import CaddNet
 from platform import cli, config
 from platform.assemble import blueprint
 from platform.runs import METRICS, load_module
+from tests.toy import untrained
 
 QUIET = ["callbacks.samples=null", "callbacks.quality=null", "trainer.max_steps=2", "trainer.val_every=0"]
 LEAST = {"data.val_batch_size": "64", "callbacks.likelihood.max_batches": "4"}
@@ -149,6 +150,24 @@ def test_checkpoints_that_are_none_are_refused(
     assert "(5,000 bytes) cannot be read as weights" in said
     assert not (tmp_path / "in").exists()
     assert not (tmp_path / "sprung").exists()
+
+
+# ---- judges ----
+
+
+def test_a_model_trained_here_scores_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its own tokenizer, bytes, whatever the texts are made of."""
+    for name in ("mdlm_text27", "causal_pydoc", "mdlm_digits"):
+        untrained(name, tmp_path / name)
+    words = ["evaluate", str(tmp_path / "mdlm_text27"), "--n", "4", "--scorer", str(tmp_path / "causal_pydoc")]
+    assert cli.main([*words, "steps=2"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    found = {line[0]: float(line[1]) for line in lines if line and line[0].startswith("metrics/")}
+    assert 50 < found["metrics/gen_ppl_causal_pydoc"] < 1500  # of 257 tokens, and nothing is learnt yet
+    said = refused(capsys, "evaluate", tmp_path / "mdlm_digits", "--scorer", tmp_path / "causal_pydoc")
+    assert "--scorer judges texts, and mdlm_digits has no callbacks.quality" in said
+    said = refused(capsys, "evaluate", tmp_path / "mdlm_text27", "--scorer", tmp_path / "nothing")
+    assert "callbacks.quality.scorer.folder=" in said
 
 
 # ---- mistakes ----
