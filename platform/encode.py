@@ -117,8 +117,8 @@ class Encoding:
         self.source, self.encoder, self.out, self.choices, self.origin = source, encoder, out, choices, origin
         self.work = out / WORK
         self.settings = {**encoder.settings, "source": source.fingerprint}
-        parts = (import_module(f"datamodules.{name}") for name in ("writer", "catalogue", "stamp"))
-        self._writer, self._catalogue, self._stamp = parts
+        parts = (import_module(f"datamodules.{name}") for name in ("writer", "catalogue", "stamp", "overview"))
+        self._writer, self._catalogue, self._stamp, self._overview = parts
 
     def check(self) -> Any:
         """See whether the folder can be used, before anything expensive is done.
@@ -285,6 +285,7 @@ class Encoding:
             skipped = [{"shard": name, **one} for name, record in found.items() for one in record["skipped"]]
             if skipped:
                 _write(self.out / SKIPPED, "".join(f"{json.dumps(one)}\n" for one in skipped))
+            self._overview.describe(self.out, index.shards)
             _write(self.out / self._catalogue.FILE_NAME, index.to_json())
         if index is not None:
             shutil.rmtree(self.work, ignore_errors=True)
