@@ -373,9 +373,17 @@ def best_fit(counts: Ints, width: int) -> tuple[int, Ints]:
     steps: list[tuple[int, int, int, int, int]] = []
     free: dict[int, list[tuple[int, int]]] = {}  # ranges of rows (first, number) by the room they have left
     rooms: list[int] = []  # the keys of ``free``, ascending
-    for length in np.flatnonzero(counts[1:])[::-1].tolist():
-        length += 1
-        left = int(counts[length])
+    numbers = counts.tolist()
+
+    def give_back(room: int, begin: int, size: int) -> None:
+        if room in free:
+            free[room].append((begin, size))
+        else:
+            bisect.insort(rooms, room)
+            free[room] = [(begin, size)]
+
+    for length in range(len(numbers) - 1, 0, -1):  # every shard of a set comes by here before the first batch
+        left = numbers[length]
         while left:
             place = bisect.bisect_left(rooms, length)
             if place < len(rooms):
@@ -392,11 +400,10 @@ def best_fit(counts: Ints, width: int) -> tuple[int, Ints]:
                 filled, each = 1, left
             steps.append((first, filled, each, length, width - room))
             left -= filled * each
-            for rest, begin, size in ((room - each * length, first, filled), (room, first + filled, number - filled)):
-                if rest and size:
-                    if rest not in free:
-                        bisect.insort(rooms, rest)
-                    free.setdefault(rest, []).append((begin, size))
+            if rest := room - each * length:
+                give_back(rest, first, filled)
+            if number > filled:
+                give_back(room, first + filled, number - filled)
     return rows, np.array(steps, dtype=np.int64).reshape(-1, 5)
 
 
@@ -405,6 +412,9 @@ _EMPTY = "data.train: the documents hold no tokens. Check data.member, the token
 
 def _chunks(lengths: Ints, width: int) -> tuple[Ints, Ints, Ints]:
     """Document, first token and size of each piece of at most ``width`` tokens; empty documents have none."""
+    if len(lengths) and lengths.max() <= width:  # as in most shards of documents
+        documents = np.flatnonzero(lengths)
+        return documents, np.zeros_like(documents), lengths[documents]
     numbers = -(-lengths // width)
     documents, index = _expand(np.zeros_like(numbers), numbers - 1)
     begins = index * width
