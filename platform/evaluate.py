@@ -1,6 +1,7 @@
 """``evaluate``: the metrics of training, measured again on finished weights, with the same code and the same seeds."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ def run(args: argparse.Namespace) -> int:
     Args:
         args: ``run`` (run or weights folder), ``overrides`` (``key=value`` sampling settings), ``n`` (samples for
             distances, or None for the run's own number), ``weights``, ``decoder``, ``scorer`` and ``mauve`` (folders or
-            None); ``problems`` and what belongs to it, see ``platform.solve``, instead of the metrics.
+            None), ``metrics`` (some of ``METRICS_OF``, or None for all); ``problems`` and what belongs to it, see
+            ``platform.solve``, instead of the metrics.
 
     Returns:
         0.
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     drawn_by = f"_decoder-{decoder}" if decoder else ""
     file = root / FOLDER / f"step_{module.updates:09d}{drawn_by}" / METRICS
     before = len(file.read_text().splitlines()) if file.is_file() else 0
-    measure(module, cfg, settings, args.n, file, judges)
+    measure(module, cfg, settings, args.n, file, judges, args.metrics)
     rows = [json.loads(line) for line in file.read_text().splitlines()[before:]] if file.is_file() else []
     print(
         f"{args.run} at step {module.updates}, weights {module.active_weights},"
@@ -73,6 +75,7 @@ def measure(
     n: int | None,
     file: Path,
     judges: dict[str, Any] | None = None,
+    metrics: Sequence[str] | None = None,
 ) -> None:
     """Run the configured metrics once on the active weights.
 
@@ -83,9 +86,10 @@ def measure(
         n: samples for distances, or None for the configured number.
         file: rows are added to it, one JSON object per line.
         judges: further settings of ``callbacks.quality``.
+        metrics: which of ``METRICS_OF`` to measure; None for all that the configuration has.
 
     Raises:
-        ValueError: there are judges, but no texts.
+        ValueError: there are judges, but no texts; or the configuration has none of the metrics.
     """
     import hydra
     import lightning as L
@@ -104,7 +108,10 @@ def measure(
                 " Leave it out."
             )
         plan["quality"] = {**plan["quality"], **judges}
-    chosen: list[Any] = [dict(plan[name]) for name in METRICS_OF if plan.get(name)]
+    there = [name for name in METRICS_OF if plan.get(name)]
+    if absent := [name for name in metrics or () if name not in there]:
+        raise ValueError(f"--metrics {absent[0]}: {cfg.experiment} measures {', '.join(there)}. Type some of these.")
+    chosen: list[Any] = [dict(plan[name]) for name in metrics or there]
     for entry in chosen:
         if "settings" in entry:
             entry |= {"settings": settings, "weights": [module.active_weights]} | ({"n": n} if n else {})

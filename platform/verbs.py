@@ -252,6 +252,12 @@ def _evaluate(parser: Parser) -> None:
     _decoder(parser)
     _kind(parser)
     parser.add_argument(
+        "--metrics",
+        type=lambda text: text.split(","),
+        metavar="LIST",
+        help="which to measure, of fid, likelihood and quality (default: all that the experiment has)",
+    )
+    parser.add_argument(
         "--scorer",
         metavar="DIR",
         help="causal model whose perplexity texts get, a folder as transformers or weights export write it"

@@ -160,10 +160,13 @@ def test_a_model_trained_here_scores_texts(tmp_path: Path, capsys: pytest.Captur
     for name in ("mdlm_text27", "causal_pydoc", "mdlm_digits"):
         untrained(name, tmp_path / name)
     words = ["evaluate", str(tmp_path / "mdlm_text27"), "--n", "4", "--scorer", str(tmp_path / "causal_pydoc")]
-    assert cli.main([*words, "steps=2"]) == 0
+    assert cli.main([*words, "--metrics", "quality", "steps=2"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     found = {line[0]: float(line[1]) for line in lines if line and line[0].startswith("metrics/")}
+    assert "metrics/bits_per_character" not in found
     assert 50 < found["metrics/gen_ppl_causal_pydoc"] < 1500  # of 257 tokens, and nothing is learnt yet
+    said = refused(capsys, "evaluate", tmp_path / "mdlm_digits", "--metrics", "quality")
+    assert "--metrics quality: mdlm_digits measures fid, likelihood." in said
     said = refused(capsys, "evaluate", tmp_path / "mdlm_digits", "--scorer", tmp_path / "causal_pydoc")
     assert "--scorer judges texts, and mdlm_digits has no callbacks.quality" in said
     said = refused(capsys, "evaluate", tmp_path / "mdlm_text27", "--scorer", tmp_path / "nothing")
