@@ -3,11 +3,10 @@
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import hydra
 import torch
 import torch.nn.functional as F
 import yaml
@@ -112,7 +111,7 @@ class Trained:
         self.name = self.folder.resolve().name
         self.digest = _digest(self.folder / WEIGHTS)
         self._config = yaml.safe_load((self.folder / CONFIG).read_text())
-        self.tokenizer = tokenizer or hydra.utils.instantiate(self._config["data"]["tokenizer"])
+        self.tokenizer = tokenizer or _build(self._config["data"]["tokenizer"])
         self._net: nn.Module | None = None
 
     @torch.no_grad()
@@ -132,19 +131,26 @@ class Trained:
     def _load(self) -> nn.Module:
         from safetensors.torch import load_file
 
-        made = dict(self._config["module"]["net"])
-        package, _, name = made.pop("_target_").rpartition(".")
-        made.pop("_partial_", None)
-        if made.get("vocabulary") != self.tokenizer.size:
+        known = self._config["module"]["net"].get("vocabulary")
+        if known != self.tokenizer.size:
             raise ValueError(
-                f"callbacks.quality.scorer.folder={self.folder} knows {made.get('vocabulary')} tokens, data.tokenizer"
+                f"callbacks.quality.scorer.folder={self.folder} knows {known} tokens, data.tokenizer"
                 f" has {self.tokenizer.size}. Give the scorer that was trained with this tokenizer."
             )
-        build: Callable[..., nn.Module] = getattr(importlib.import_module(package), name)
-        net = build(**made)
+        net: nn.Module = _build(self._config["module"]["net"])
         tensors = load_file(self.folder / WEIGHTS)
         net.load_state_dict({key.removeprefix("net."): value for key, value in tensors.items()})
         return net.eval()
+
+
+def _build(made: Mapping[str, Any]) -> Any:
+    """What a part of a saved configuration describes."""
+    settings = {name: _build(value) if isinstance(value, Mapping) else value for name, value in made.items()}
+    if "_target_" not in settings:
+        return settings
+    settings.pop("_partial_", None)
+    package, _, name = settings.pop("_target_").rpartition(".")
+    return getattr(importlib.import_module(package), name)(**settings)
 
 
 def _nats(logits: Tensor, targets: Tensor) -> Tensor:
