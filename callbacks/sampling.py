@@ -11,7 +11,7 @@ from torch import Tensor
 from lightningmodules.base import GenerativeModule
 from lightningmodules.shared.conditioning import Condition
 
-_HOLES = re.compile(r"<mask(?::(\d+))?>")
+_HOLES = re.compile(r"<mask(?::(\d{1,6}))?>")  # more digits than any row has tokens
 
 
 def plain(value: Any) -> Any:
