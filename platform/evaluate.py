@@ -28,15 +28,18 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from platform import solve
-    from platform.runs import METRICS, load_module, use_decoder
+    from platform.runs import METRICS, load_module, read_config, use_decoder
     from platform.screens import number
 
     if args.problems:
         solve.check(args)
-    judges = _judges(args.scorer, args.mauve)
-    module, cfg = load_module(args.run, args.weights or "ema")
-    decoder = use_decoder(module, args.decoder)
+    cfg, kind = read_config(args.run), args.weights or "ema"
     settings = configs.check_sampling(cfg, args.overrides)
+    callbacks = []
+    if not args.problems:
+        callbacks = meters(cfg, settings, kind, args.n, _judges(args.scorer, args.mauve), args.metrics)
+    module, _ = load_module(args.run, kind)
+    decoder = use_decoder(module, args.decoder)
     source = Path(args.run)
     root = source if source.is_dir() else source.parent
     if args.problems:
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     drawn_by = f"_decoder-{decoder}" if decoder else ""
     file = root / FOLDER / f"step_{module.updates:09d}{drawn_by}" / METRICS
     before = len(file.read_text().splitlines()) if file.is_file() else 0
-    measure(module, cfg, settings, args.n, file, judges, args.metrics)
+    measure(module, cfg, callbacks, file)
     rows = [json.loads(line) for line in file.read_text().splitlines()[before:]] if file.is_file() else []
     print(
         f"{args.run} at step {module.updates}, weights {module.active_weights},"
@@ -68,36 +71,29 @@ def _judges(scorer: str | None, mauve: str | None) -> dict[str, Any]:
     return judges
 
 
-def measure(
-    module: Any,
+def meters(
     cfg: DictConfig,
     settings: dict[str, Any],
+    weights: str,
     n: int | None,
-    file: Path,
-    judges: dict[str, Any] | None = None,
-    metrics: Sequence[str] | None = None,
-) -> None:
-    """Run the configured metrics once on the active weights.
+    judges: dict[str, Any],
+    metrics: Sequence[str] | None,
+) -> list[Any]:
+    """The callbacks that measure.
 
     Args:
-        module: the room with the weights to measure active.
-        cfg: its configuration; ``callbacks.fid``, ``likelihood`` and ``quality`` say what is measured.
+        cfg: of the run; ``callbacks.fid``, ``likelihood`` and ``quality`` say what is measured.
         settings: keywords of the room's ``sample``.
-        n: samples for distances, or None for the configured number.
-        file: rows are added to it, one JSON object per line.
+        weights: kind to measure.
+        n: samples, or None for the configured number.
         judges: further settings of ``callbacks.quality``.
-        metrics: which of ``METRICS_OF`` to measure; None for all that the configuration has.
+        metrics: which of ``METRICS_OF``, or None for all that the configuration has.
 
     Raises:
-        ValueError: there are judges, but no texts; or the configuration has none of the metrics.
+        ValueError: there are judges, but no texts; the configuration has none of the metrics; a judge is not there.
     """
     import hydra
-    import lightning as L
-    import torch
     from omegaconf import OmegaConf
-
-    from callbacks.records import JsonlLogger
-    from platform import assemble
 
     plan = OmegaConf.to_container(cfg.callbacks, resolve=True)
     assert isinstance(plan, dict)
@@ -110,11 +106,30 @@ def measure(
         plan["quality"] = {**plan["quality"], **judges}
     there = [name for name in METRICS_OF if plan.get(name)]
     if absent := [name for name in metrics or () if name not in there]:
-        raise ValueError(f"--metrics {absent[0]}: {cfg.experiment} measures {', '.join(there)}. Type some of these.")
+        choice = f"measures {', '.join(there)}. Type some of these" if there else "measures only its loss. Leave it out"
+        raise ValueError(f"--metrics {absent[0]}: {cfg.experiment} {choice}.")
     chosen: list[Any] = [dict(plan[name]) for name in metrics or there]
     for entry in chosen:
         if "settings" in entry:
-            entry |= {"settings": settings, "weights": [module.active_weights]} | ({"n": n} if n else {})
+            entry |= {"settings": settings, "weights": [weights]} | ({"n": n} if n else {})
+    return [hydra.utils.instantiate(entry, _convert_="all") for entry in chosen]
+
+
+def measure(module: Any, cfg: DictConfig, callbacks: list[Any], file: Path) -> None:
+    """Run metrics once on the active weights.
+
+    Args:
+        module: the room with the weights to measure active.
+        cfg: its configuration.
+        callbacks: from :func:`meters`.
+        file: rows are added to it, one JSON object per line.
+    """
+    import lightning as L
+    import torch
+
+    from callbacks.records import JsonlLogger
+    from platform import assemble
+
     datamodule = assemble.data(cfg)
     assemble.quiet()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +137,7 @@ def measure(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
         logger=JsonlLogger(file, lambda: module.samples_seen),
-        callbacks=[hydra.utils.instantiate(entry, _convert_="all") for entry in chosen],
+        callbacks=callbacks,
         default_root_dir=file.parent,
         inference_mode=False,  # score-based denoising differentiates while sampling
         enable_progress_bar=False,

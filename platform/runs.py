@@ -239,6 +239,26 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name[5:].removesuffix(OLD))
 
 
+def read_config(path: str | Path) -> Any:
+    """Configuration of a run or weights folder, or of the weights file in it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = _folder(path)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{path}: no {CONFIG} there, so it is neither a run folder nor a weights folder.{_neighbours(folder)}"
+            f" Train one with: {PROGRAM} fit"
+        )
+    return configs.load(folder / CONFIG)
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path)
+    return folder.parent if folder.name == WEIGHTS else folder
+
+
 def load_module(path: str | Path, weights: str = "ema") -> tuple[Any, Any]:
     """A room with weights in it, ready to sample.
 
@@ -256,14 +276,7 @@ def load_module(path: str | Path, weights: str = "ema") -> tuple[Any, Any]:
     import torch
 
     torch.set_flush_denormal(True)  # as in training; numbers too small to matter cost ten times the others
-    folder = Path(path)
-    folder = folder.parent if folder.name == WEIGHTS else folder
-    if not (folder / CONFIG).is_file():
-        raise ValueError(
-            f"{path}: no {CONFIG} there, so it is neither a run folder nor a weights folder.{_neighbours(folder)}"
-            f" Train one with: {PROGRAM} fit"
-        )
-    cfg = configs.load(folder / CONFIG)
+    folder, cfg = _folder(path), read_config(path)
     module = hydra.utils.instantiate(cfg.module, _convert_="all")
     module.run_seed = cfg.seed
     module.start = None  # the weights it began with need not be on this machine

@@ -227,6 +227,16 @@ def test_no_such_weights(finished: Path, tmp_path: Path, answer: Ask, verb: str)
     )
 
 
+def test_metrics_the_run_does_not_have(runs: Path, answer: Ask) -> None:
+    run = runs / "quickstart-tiny"
+    shutil.rmtree(run / "checkpoints")  # the request is judged before weights are looked for
+    assert answer("evaluate", str(run), "--metrics", "quality") == (
+        2,
+        "--metrics quality: quickstart measures only its loss. Leave it out.\n",
+    )
+    assert answer("evaluate", str(run), "--scorer", "gpt2").message.startswith("--scorer judges texts")
+
+
 def test_weights_the_run_does_not_have(finished: Path, answer: Ask) -> None:
     assert answer("sample", str(finished / "quickstart-tiny"), "--weights", "ema0.5") == (
         2,
