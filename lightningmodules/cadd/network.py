@@ -72,7 +72,7 @@ class CaddNet(Fused, TokenTransformer):
     """``TokenTransformer`` with what a latent may need. Without the two options it is exactly that, key by key.
 
     Args:
-        vocabulary: see ``TokenTransformer``, as all up to ``embedding_std``.
+        vocabulary: see ``TokenTransformer``, as all up to ``learned_positions``.
         hidden: width of the residual stream.
         blocks: transformer blocks.
         heads: attention heads.
@@ -83,6 +83,7 @@ class CaddNet(Fused, TokenTransformer):
         num_classes: classes; 0 for none.
         gate_init: initial gates of the branches.
         embedding_std: initial standard deviation of the tokens' rows.
+        learned_positions: a learnt row per position.
         latent_gate: initial value of learnt factors on the latent's features; None for plain addition. With 0 a
             network trained without a latent is continued exactly where it was.
         added_time: the noise level enters through a new path that starts at zero, beside the old one held at sigma = 0.
@@ -102,6 +103,7 @@ class CaddNet(Fused, TokenTransformer):
         num_classes: int = 0,
         gate_init: float = 0.0,
         embedding_std: float | None = None,
+        learned_positions: bool = False,
         latent_gate: float | None = None,
         added_time: bool = False,
     ) -> None:
@@ -117,6 +119,7 @@ class CaddNet(Fused, TokenTransformer):
             num_classes=num_classes,
             gate_init=gate_init,
             embedding_std=embedding_std,
+            learned_positions=learned_positions,
         )
         self.latent_gate = None if latent_gate is None else nn.Parameter(torch.full((hidden,), float(latent_gate)))
         self.time_map = nn.Linear(FREQUENCIES, cond_dim) if added_time else None

@@ -19,6 +19,7 @@ __all__ = ["flatten", "infer", "match", "read", "to_official", "translate"]
 
 PREFIX = re.compile(r"^(?:module\.|model\.|_orig_mod\.|backbone\.)+")
 EMBEDDING, ADAPTED = "vocab_embed.embedding", "embed_tokens.weight"  # where the rows of tokens are
+POSITIONS = "position_embed"  # rows of positions, which the official network lacks
 BUFFERS = ("rotary_emb.inv_freq",)
 SHARDED = "model.safetensors.index.json"
 NEW = ("latent_gate", "time_map.weight", "time_map.bias")  # what CADD adds to a masked-diffusion network
@@ -90,7 +91,8 @@ def infer(official: Mapping[str, Tensor], *, heads: int | None = None) -> dict[s
         heads: attention heads, which no shape tells if the table of rotary frequencies is missing.
 
     Returns:
-        hidden, blocks, heads, cond_dim, expansion and num_classes; of ``AdaptedNet`` hidden, blocks and rows.
+        hidden, blocks, heads, cond_dim, expansion, num_classes, learned_positions; of ``AdaptedNet`` hidden, blocks and
+        rows.
 
     Raises:
         ValueError: keys or shapes are not those of such a network.
@@ -119,6 +121,7 @@ def infer(official: Mapping[str, Tensor], *, heads: int | None = None) -> dict[s
         "cond_dim": cond_dim,
         "expansion": expanded // hidden,
         "num_classes": 0 if classes is None else len(classes) - 1,
+        "learned_positions": POSITIONS in state,
     }
 
 
@@ -129,7 +132,7 @@ def continued(state: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
         ValueError: the state belongs to another vocabulary or network.
     """
     own = net.state_dict()
-    extra = {key: own[key] for key in (*NEW, *BUFFERS) if key in own and key not in state}
+    extra = {key: own[key] for key in (*NEW, POSITIONS, *BUFFERS) if key in own and key not in state}
     full = {**state, **extra}
     key = EMBEDDING if EMBEDDING in own else ADAPTED
     rows, expected = len(full.get(key, own[key])), len(own[key])

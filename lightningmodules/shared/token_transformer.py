@@ -162,12 +162,14 @@ class TokenTransformer(nn.Module):
         blocks: transformer blocks.
         heads: attention heads; ``hidden / heads`` is even.
         cond_dim: width of the condition vector.
-        length: longest sequence; nothing is stored per position.
+        length: longest sequence.
         expansion: width of the perceptron in units of ``hidden``.
         dropout: probability with which branches are dropped in training, 0..1.
         num_classes: classes that can be asked for; 0 for none.
         gate_init: initial value of the gates of all branches; 0 makes every block the identity, as in the paper.
         embedding_std: initial standard deviation of the tokens' rows; None is the paper's, rows of norm 0.58.
+        learned_positions: add a learnt row per position, zeros at first. Rotations tell distances only, and where
+            everything is masked nothing else says which pixel of a picture a position is.
 
     Raises:
         ValueError: the heads do not divide the width into even parts.
@@ -189,6 +191,7 @@ class TokenTransformer(nn.Module):
         num_classes: int = 0,
         gate_init: float = 0.0,
         embedding_std: float | None = None,
+        learned_positions: bool = False,
     ) -> None:
         super().__init__()
         if hidden % heads or hidden // heads % 2:
@@ -199,6 +202,7 @@ class TokenTransformer(nn.Module):
             )
         self.vocabulary, self.hidden, self.length, self.num_classes = vocabulary, hidden, length, num_classes
         self.vocab_embed = Embedding(vocabulary, hidden, embedding_std)
+        self.position_embed = nn.Parameter(torch.zeros(length, hidden)) if learned_positions else None
         self.sigma_map = NoiseLevel(cond_dim)
         self.cond_map = ClassEmbedding(num_classes, cond_dim) if num_classes else None
         self.rotary_emb = Rotary(hidden // heads)
@@ -242,6 +246,8 @@ class TokenTransformer(nn.Module):
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
+        if self.position_embed is not None:
+            x = x + self.position_embed[positions]
         cos, sin = self.rotary_emb(positions)
         rotation = (cos[..., None, None, :], sin[..., None, None, :])  # over (queries and keys, heads)
         if mask is not None and mask.ndim == 3:

@@ -263,8 +263,12 @@ def test_official_checkpoints_start_a_run(tmp_path: Path) -> None:
         torch.testing.assert_close(module.net.blocks[0].mlp[0].weight, state["blocks.0.mlp.0.weight"] + offset)
         assert not module.net.latent_gate.any()
     assert weights.infer(weights.to_official(state)) == {
-        **{"hidden": 16, "blocks": 2, "heads": 2, "cond_dim": 8, "expansion": 4, "num_classes": 0}
+        **{"hidden": 16, "blocks": 2, "heads": 2, "cond_dim": 8, "expansion": 4, "num_classes": 0},
+        "learned_positions": False,
     }
+    placed = room(latent="off", shake=0.0, start=str(tmp_path / "bare.pth"), net={"learned_positions": True})
+    assert torch.equal(value(placed, batch(), 5), value(off, batch(), 5))
+    assert weights.infer(placed.net.state_dict())["learned_positions"] is True
     weights.match(weights.translate(weights.to_official(state)), state)
     with pytest.raises(ValueError, match="no state dict of a masked-diffusion network"):
         weights.translate({"conv.weight": torch.zeros(1)})

@@ -45,6 +45,21 @@ def test_only_distances_matter() -> None:
     torch.testing.assert_close(rotate(torch.tensor([[1.0, 0.0]]), angle.cos(), angle.sin())[0, 1], angle.sin()[0, 0])
 
 
+def test_learnt_positions_tell_masks_apart() -> None:
+    plain, placed = network(), network(learned_positions=True)
+    placed.load_state_dict(plain.state_dict(), strict=False)
+    blank = torch.full((1, L), V - 1)
+    with torch.no_grad():
+        placed.position_embed.zero_()
+        assert torch.equal(placed(blank), plain(blank))
+        placed.position_embed[3] = torch.linspace(-1, 1, 16)
+        changed = (placed(blank) - plain(blank)).abs().amax(dim=2)[0]
+        assert changed.argmax() == 3
+        embedded, condition = placed.vocab_embed(tokens(1)[:, :4]), placed.condition(None)
+        late = placed.trunk(embedded, condition, positions=torch.arange(3, 7))  # rows are those of the positions given
+        assert not torch.allclose(late, placed.trunk(embedded, condition, positions=torch.arange(4, 8)), atol=1e-3)
+
+
 def test_documents_in_a_row_do_not_see_one_another() -> None:
     net, x = network(), tokens(1)
     condition = net.condition(None)
