@@ -79,7 +79,7 @@ def flatten(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict with the official prefix; without CADD's additions it loads into the authors' Lightning module."""
+    """Our state dict with the official prefix; without a latent and positions the authors' module loads it."""
     return {f"backbone.{key}": value for key, value in state.items()}
 
 
