@@ -20,7 +20,7 @@ from lightningmodules.shared.codecs import Batch, PixelTokens, Tokens
 from lightningmodules.shared.conditioning import Condition
 from lightningmodules.shared.masking import Bound, Schedule
 from lightningmodules.shared.noise import Noise, SampleNoise
-from lightningmodules.shared.samplers.masked import Counts, Draw, Grid, Order, Plan, Remask, Wino, reveal, wino
+from lightningmodules.shared.samplers.masked import Counts, DraftBy, Draw, Grid, Order, Plan, Remask, Wino, reveal, wino
 
 SWITCH: dict[Any, Latent] = {True: "on", False: "off", "on": "on", "off": "off", "selfcond": "selfcond"}
 CALLS = ("embed", "latents", "condition", "gated", "trunk", "logits", "cross_entropy")  # methods of the network
@@ -384,6 +384,7 @@ class Cadd(GenerativeModule):
         remask_strength: float = 0.0,
         draft: float = 0.6,
         verify: float = 0.9,
+        draft_by: DraftBy = "drawn",
         estimator: Estimator = "hard",
         latent_temperature: float = 1.0,
         latent_top_k: int = 0,
@@ -417,6 +418,7 @@ class Cadd(GenerativeModule):
             remask_strength: how much.
             draft: wino: probability above which a token is revealed.
             verify: wino: probability below which it is taken back.
+            draft_by: wino: the token whose probability that is: drawn, or likeliest.
             estimator: of the clean latent: hard, soft or sampled.
             latent_temperature: of the probabilities it is made from.
             latent_top_k: likeliest tokens it is made from; 0 for all.
@@ -458,7 +460,7 @@ class Cadd(GenerativeModule):
                     "sampling.order=wino needs predictions at the tokens' own positions; those of a network adapted"
                     " from a causal model come from the position before. Set sampling.order=entropy, for example."
                 )
-            found = wino(model, tokens, free, noise, Wino(self.alpha, block, draft, verify), draw, watch)
+            found = wino(model, tokens, free, noise, Wino(self.alpha, block, draft, verify, draft_by), draw, watch)
         else:
             plan = Plan(
                 self.alpha, steps, order, counts, order_temperature, block, remask, remask_strength, grid, cache

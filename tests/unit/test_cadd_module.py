@@ -182,6 +182,7 @@ SETTINGS: list[dict[str, Any]] = [
     {},
     {"order": "entropy", "block": 4, "temperature": 0.7, "top_k": 3},
     {"order": "wino", "draft": 0.2, "verify": 0.4, "block": 4},
+    {"order": "wino", "draft": 0.1, "verify": 0.3, "draft_by": "likeliest"},
     {"remask": "rescale", "remask_strength": 0.5},
     {"guidance": 2.0, "estimator": "soft", "latents": 2},
     {"estimator": "sampled", "eta": 0.3, "latent_top_k": 2, "latent_temperature": 0.5},

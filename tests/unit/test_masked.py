@@ -216,6 +216,22 @@ def test_wino_without_doubt_reveals_one_by_one_or_many() -> None:
     assert torch.equal(many.tokens[0], log_probs.argmax(1))
 
 
+def test_wino_by_the_likeliest_token_keeps_how_often_tokens_come() -> None:
+    """A slot is chosen before its token is drawn; by the drawn one, likely tokens come first and more often."""
+    log_probs = torch.tensor([0.6] + [0.4 / (V - 1)] * (V - 1)).log().expand(2, V)  # two slots that know nothing
+    rows = 4000
+    first = {}
+    for by in ("drawn", "likeliest"):
+        frames: list[Tensor] = []
+        tokens = torch.full((rows, 2), V)
+        how = Wino(LogLinear(), draft=1.0, verify=0.0, draft_by=by)  # type: ignore[arg-type]
+        wino(Fixed(log_probs), tokens, tokens == V, SampleNoise(range(rows)), how, Draw(), frames.append)
+        shown = frames[1].amin(dim=1)  # of the two, the one that is not the mask
+        first[by] = (shown == 0).double().mean().item()
+    assert first["likeliest"] == pytest.approx(0.6, abs=0.03)
+    assert first["drawn"] == pytest.approx(1 - 0.4**2, abs=0.03)
+
+
 def test_wino_ends_for_a_model_that_doubts_everything() -> None:
     model = Fixed(torch.randn(LENGTH, V), outside=torch.full((LENGTH, V), -1.0), carries=True)
     tokens, free = blank(3)
@@ -243,3 +259,5 @@ def test_wrong_settings_are_refused() -> None:
         Draw(top_p=0.0)
     with pytest.raises(ValueError, match=r"sampling.verify=2"):
         Wino(LogLinear(), verify=2.0)
+    with pytest.raises(ValueError, match="expected drawn or likeliest"):
+        Wino(LogLinear(), draft_by="best")  # type: ignore[arg-type]
