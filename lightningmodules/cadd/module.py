@@ -103,8 +103,11 @@ class Cadd(GenerativeModule):
         self.timed = self.latent == "on" if time_conditioning == "auto" else bool(time_conditioning)
         self.added_time = time_conditioning == "auto" and self.timed and self.latent_gate is not None
         self.time_eps, self.label_drop, self.start = time_eps, label_drop, start
-        self._net = net
-        self.num_classes = int(getattr(net, "keywords", {}).get("num_classes", 0))
+        self._net, given = net, getattr(net, "keywords", {})
+        for name, ours in (("latent_gate", "latent_gate"), ("added_time", "time_conditioning")):
+            if name in given:
+                raise ValueError(f"module.net.{name}={given[name]} would change nothing. Set module.{ours} instead.")
+        self.num_classes = int(given.get("num_classes", 0))
         self.evaluations: Tensor | None = None  # network evaluations of every row of the last call of sample()
         self._film: list[Tensor] | None = None
 

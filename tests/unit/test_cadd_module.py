@@ -323,6 +323,8 @@ def test_mistakes_get_one_clear_message() -> None:
         module.loss({"tokens": torch.zeros(1, 5, dtype=torch.int64)})
     with pytest.raises(ValueError, match=r"module.net.length"):
         room(net={"length": 4})
+    with pytest.raises(ValueError, match=r"module.net.latent_gate=0.0 would change nothing. Set module.latent_gate"):
+        room(net={"latent_gate": 0.0})
     with pytest.raises(ValueError, match=r"module\.latent='maybe'"):
         room(latent="maybe")
     with pytest.raises(ValueError, match="needs labels"):
