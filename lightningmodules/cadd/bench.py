@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightningmodules.cadd.module import Cadd
 from lightningmodules.cadd.network import CaddNet
-from lightningmodules.cadd.oracle import ExactDenoiser, copy_task
+from lightningmodules.cadd.oracle import ExactDenoiser, Oracle, copy_task, one_token
 from lightningmodules.cadd.process import Estimator
 from lightningmodules.cadd.sampler import LatentMotion
 from lightningmodules.cadd.straightforward import Straightforward
@@ -40,6 +40,7 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(args.threads)
     if args.oracle:
         _ceiling(args.oracle, args.seed)
+        _one_token(args.oracle, args.seed)
         return 0
     clock = time.process_time if args.threads == 1 else time.perf_counter
     print(
@@ -62,18 +63,38 @@ def _ceiling(rows: int, seed: int) -> None:
     for steps in (2, 4, 8, 16, 32, 64):
         found = []
         for kind in (None, *ESTIMATORS):
-            noise = SampleNoise(range(seed, seed + rows))
-            motion = None if kind is None else LatentMotion(kind)
-            model = ExactDenoiser(oracle, noise, (rows, length), motion)
-            blank = torch.full((rows, length), oracle.vocabulary)
-            free = torch.ones_like(blank, dtype=torch.bool)
-            tokens = reveal(model, blank, free, noise, Plan(model.schedule, steps), Draw()).tokens
+            tokens = _exact(oracle, kind, steps, (rows, length), seed)
             valid = (tokens[:, : length // 2] == tokens[:, length // 2 :]).all(dim=1).double().mean()
             counts = torch.bincount(tokens.flatten(), minlength=oracle.vocabulary).double() / tokens.numel()
             found.append((float(valid), float(-torch.special.xlogy(counts, counts).sum())))
         closed = (1 - (1 - 1 / oracle.vocabulary) / steps) ** (length // 2)
         rest = "".join(f"{valid:>8.3f} ({entropy:.3f})" for valid, entropy in found[1:])
         print(f"{steps:>5}{found[0][0]:>8.3f}{closed:>8.3f}{rest}", flush=True)
+
+
+def _one_token(rows: int, seed: int) -> None:
+    """Whether the samplers draw from the truth when there is nothing to coordinate."""
+    oracle, length = one_token(), 100
+    print(
+        f"\none token of {oracle.vocabulary}, exact denoiser, {rows * length} draws: total variation to its distribution"
+    )
+    print(f"{'steps':>5}" + "".join(f"{name:>9}" for name in ESTIMATORS))
+    for steps in (2, 4, 16, 64):
+        off = []
+        for kind in ESTIMATORS:
+            tokens = _exact(oracle, kind, steps, (rows, length), seed)
+            share = torch.bincount(tokens.flatten(), minlength=oracle.vocabulary).double() / tokens.numel()
+            off.append(0.5 * float((share - oracle.prob).abs().sum()))
+        print(f"{steps:>5}" + "".join(f"{value:>9.4f}" for value in off), flush=True)
+
+
+def _exact(oracle: Oracle, kind: Estimator | None, steps: int, shape: tuple[int, int], seed: int) -> Tensor:
+    """Rows drawn with the exact denoiser, one seed each; ``kind`` None is plain masked diffusion."""
+    noise = SampleNoise(range(seed, seed + shape[0]))
+    model = ExactDenoiser(oracle, noise, shape, None if kind is None else LatentMotion(kind))
+    blank = torch.full(shape, oracle.vocabulary)
+    free = torch.ones_like(blank, dtype=torch.bool)
+    return reveal(model, blank, free, noise, Plan(model.schedule, steps), Draw()).tokens
 
 
 def _against_baseline(bench: InTurn, args: argparse.Namespace, on: Cadd, off: Cadd) -> None:

@@ -3,6 +3,7 @@
 Used to check formulas and samplers without training, and as the ceiling of what training can reach.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -84,6 +85,18 @@ def copy_task(vocabulary: int = 8, width: int = 48) -> Oracle:
     table = process.unit_rows(directions, process.latent_radius(vocabulary)).double()
     states = torch.arange(vocabulary).unsqueeze(1).expand(vocabulary, 2)
     return Oracle(states, torch.full((vocabulary,), 1.0 / vocabulary, dtype=torch.float64), table)
+
+
+def one_token(prob: Sequence[float] = (0.4, 0.25, 0.15, 0.12, 0.08), width: int = 4) -> Oracle:
+    """A single token with the given probabilities.
+
+    Args:
+        prob: of every token, adding up to 1.
+        width: of the latents, whose directions are random and whose norm is the usual one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    table = process.unit_rows(torch.randn(len(prob), width, generator=generator), process.latent_radius(len(prob)))
+    return Oracle(torch.arange(len(prob)).unsqueeze(1), torch.tensor(prob, dtype=torch.float64), table.double())
 
 
 class ExactDenoiser(Denoiser):

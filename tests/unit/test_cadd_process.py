@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 from lightningmodules.cadd import process
-from lightningmodules.cadd.oracle import ExactDenoiser, Oracle
+from lightningmodules.cadd.oracle import ExactDenoiser, Oracle, one_token
 from lightningmodules.cadd.sampler import LatentMotion, guided, shadow_layout
 from lightningmodules.shared.masking import LogLinear, Power
 from lightningmodules.shared.samplers.masked import Draw, Plan, reveal
-
-PROB = torch.tensor([0.4, 0.25, 0.15, 0.12, 0.08], dtype=torch.float64)
 
 
 class Batched:
@@ -37,19 +35,13 @@ def drawn(oracle: Oracle, estimator: str | None, steps: int, rows: int) -> Tenso
     return reveal(model, blank, torch.ones_like(blank, dtype=torch.bool), model.noise, plan, Draw()).tokens
 
 
-def one_token() -> Oracle:
-    torch.manual_seed(3)
-    table = process.unit_rows(torch.randn(5, 4), process.latent_radius(5)).double()
-    return Oracle(torch.arange(5).unsqueeze(1), PROB, table)
-
-
 def test_single_token_sampler_against_the_truth() -> None:
     """The sampled estimate is exact at any number of steps, the soft one in the limit, the hard one never."""
     oracle, rows = one_token(), 50_000
 
     def distance(estimator: str, steps: int) -> float:
         counts = torch.bincount(drawn(oracle, estimator, steps, rows).flatten(), minlength=5)
-        return float(0.5 * (counts / rows - PROB).abs().sum())
+        return float(0.5 * (counts / rows - oracle.prob).abs().sum())
 
     assert distance("sampled", 4) < 0.01
     assert distance("soft", 2) > distance("soft", 12) + 0.01
