@@ -75,9 +75,8 @@ def _ceiling(rows: int, seed: int) -> None:
 def _one_token(rows: int, seed: int) -> None:
     """Whether the samplers draw from the truth when there is nothing to coordinate."""
     oracle, length = one_token(), 100
-    print(
-        f"\none token of {oracle.vocabulary}, exact denoiser, {rows * length} draws: total variation to its distribution"
-    )
+    draws = rows * length
+    print(f"\none token of {oracle.vocabulary}, exact denoiser, {draws} draws: total variation to its distribution")
     print(f"{'steps':>5}" + "".join(f"{name:>9}" for name in ESTIMATORS))
     for steps in (2, 4, 16, 64):
         off = []
