@@ -105,9 +105,9 @@ class Cadd(GenerativeModule):
         self.time_eps, self.label_drop, self.start = time_eps, label_drop, start
         self._net, given = net, getattr(net, "keywords", {})
         for name, ours in (("latent_gate", "latent_gate"), ("added_time", "time_conditioning")):
-            value = given.get(name)
-            if value is not None and value is not False:  # these are the network's defaults
-                raise ValueError(f"module.net.{name}={value} would change nothing. Set module.{ours} instead.")
+            asked = given.get(name)
+            if asked is not None and asked is not False:  # these are the network's defaults
+                raise ValueError(f"module.net.{name}={asked} would change nothing. Set module.{ours} instead.")
         self.num_classes = int(given.get("num_classes", 0))
         self.evaluations: Tensor | None = None  # network evaluations of every row of the last call of sample()
         self._film: list[Tensor] | None = None
