@@ -1,5 +1,6 @@
 """The formulas of CADD: against simulation, against the exact oracle, and at their limits."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 from lightningmodules.cadd import process
 from lightningmodules.cadd.oracle import ExactDenoiser, Oracle, one_token
 from lightningmodules.cadd.sampler import LatentMotion, guided, shadow_layout
-from lightningmodules.shared.masking import LogLinear, Power
+from lightningmodules.shared.masking import LogLinear, Power, Shifted
 from lightningmodules.shared.samplers.masked import Draw, Plan, reveal
 
 
@@ -84,6 +85,18 @@ def test_limits_of_a_step() -> None:
     first = process.reverse_step(zero, half)
     torch.testing.assert_close(first.std.square() + first.zt.square(), half)
     assert float(process.squared_error_weight(half, one)) == 0.0
+
+
+def test_large_rows_under_a_shifted_schedule_say_as_much_as_small_ones() -> None:
+    """The same ratio of signal to noise, so the same posterior, at every time; and unit variance where r^2 = width."""
+    width, small = 16, 0.7
+    large, t = math.sqrt(width), torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
+    base, shifted = LogLinear(), Shifted(2 * math.log(small / large))
+    ours = process.snr(shifted.keep(t)) * large**2
+    torch.testing.assert_close(ours, process.snr(base.keep(t)) * small**2)
+    errors = torch.full_like(t, 0.3)  # squared errors in units of the rows' squared norm
+    bound = process.squared_error_rate(shifted.keep(t), shifted.rate(t)) * errors * large**2
+    torch.testing.assert_close(bound, process.squared_error_rate(base.keep(t), base.rate(t)) * errors * small**2)
 
 
 @pytest.mark.parametrize("path", ["vp", "flow"])

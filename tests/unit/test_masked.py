@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from lightningmodules.shared import masking
-from lightningmodules.shared.masking import Cosine, CosineSquared, Exponential, Geometric, LogLinear, Power, Schedule
+from lightningmodules.shared.masking import (
+    Cosine,
+    CosineSquared,
+    Exponential,
+    Geometric,
+    LogLinear,
+    Power,
+    Schedule,
+    Shifted,
+)
 from lightningmodules.shared.noise import SampleNoise
 from lightningmodules.shared.samplers.masked import Draw, Drawn, Plan, Wino, best, reveal, wino
 
@@ -21,6 +30,8 @@ SCHEDULES: list[Schedule] = [
     Power(3.0),
     Exponential(),
     Geometric(1e-3, 5.0),
+    Shifted(-4.0),
+    Shifted(2.0, Cosine()),
 ]
 
 
