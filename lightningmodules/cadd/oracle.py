@@ -3,7 +3,6 @@
 Used to check formulas and samplers without training, and as the ceiling of what training can reach.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -87,16 +86,12 @@ def copy_task(vocabulary: int = 8, width: int = 48) -> Oracle:
     return Oracle(states, torch.full((vocabulary,), 1.0 / vocabulary, dtype=torch.float64), table)
 
 
-def one_token(prob: Sequence[float] = (0.4, 0.25, 0.15, 0.12, 0.08), width: int = 4) -> Oracle:
-    """A single token with the given probabilities.
-
-    Args:
-        prob: of every token, adding up to 1.
-        width: of the latents, whose directions are random and whose norm is the usual one.
-    """
-    generator = torch.Generator().manual_seed(0)
-    table = process.unit_rows(torch.randn(len(prob), width, generator=generator), process.latent_radius(len(prob)))
-    return Oracle(torch.arange(len(prob)).unsqueeze(1), torch.tensor(prob, dtype=torch.float64), table.double())
+def one_token() -> Oracle:
+    """A single token of five unequal ones; latents of width 4 with random directions and the usual norm."""
+    prob = torch.tensor([0.4, 0.25, 0.15, 0.12, 0.08], dtype=torch.float64)
+    directions = torch.randn(len(prob), 4, generator=torch.Generator().manual_seed(0))
+    table = process.unit_rows(directions, process.latent_radius(len(prob))).double()
+    return Oracle(torch.arange(len(prob)).unsqueeze(1), prob, table)
 
 
 class ExactDenoiser(Denoiser):
@@ -133,7 +128,7 @@ class ExactDenoiser(Denoiser):
         """See ``Predictor.predict``; float64."""
         rows, length = tokens.shape
         size = self.oracle.states.shape[1]
-        latent = None if self.latent == "off" else _parts(self.z[:, :, 0].double(), size)
+        latent = None if self.latent == "off" else _parts(self.z[0].unflatten(0, (rows, length)).double(), size)
         gamma = self.gamma.keep(t).repeat_interleave(length // size)
         found = self.oracle.log_probs(_parts(tokens, size), latent, gamma)  # (rows g, n, V)
         return (found.unflatten(0, (rows, -1)).transpose(1, 2).flatten(1, 2) + self._ties)[where]

@@ -90,15 +90,16 @@ class Denoiser:
         self.net, self.mask_id, self.schedule, self.gamma, self.noise = net, mask_id, schedule, gamma, noise
         self.latent, self.motion, self.timed = latent, motion or LatentMotion(), timed
         self.labels, self.guidance, self.prompt = labels, guidance, prompt
-        self.carries = latent != "off"
+        self.length, self.carries = shape[1], latent != "off"
         self.particles = self.motion.particles if latent == "on" else 1
         self.cost = self.particles * (1 if guidance in (0.0, 1.0) else 2)
         self.table = table
         self.device = net.table.device
-        if latent == "on":
-            self.z = self._normal(shape[1])
+        if latent == "on":  # (particles, n L, hidden), as every position is read and written by its place alone
+            everywhere = torch.ones(shape, dtype=torch.bool, device=self.device)
+            self.z = self._normal(everywhere).contiguous()
         elif latent == "selfcond":
-            self.z = torch.zeros(shape[0], shape[1], 1, net.hidden, device=self.device)
+            self.z = torch.zeros(1, shape[0] * shape[1], net.hidden, device=self.device)
 
     # ---- predictions ----------------------------------------------------------------------------------------------
 
@@ -188,11 +189,11 @@ class Denoiser:
     ) -> Tensor:
         at = (x == self.mask_id).flatten().nonzero().squeeze(1)
         row, place = rows[at // x.shape[1]], at % x.shape[1]
-        length = self.z.shape[1]
+        z = self.z[which]
         if shadows is None:
-            z = self.z.flatten(0, 1)[row * length + place, which]
+            z = z.index_select(0, row * self.length + place)
         else:
-            z = torch.cat([self.z[:, :, which], shadows], dim=1)[row, place]
+            z = torch.cat([z.view(-1, self.length, z.shape[1]), shadows], dim=1)[row, place]
         if self.motion.strength != 1.0:
             z = z * self.motion.strength
         if branches > 1:
@@ -207,35 +208,34 @@ class Denoiser:
             return
         assert self.table is not None
         masked = after == self.mask_id
-        staying = where & masked
+        staying, anew = masked & where, masked & (before != self.mask_id)
         kept, at = staying[where], staying.flatten().nonzero().squeeze(1)
-        again = ((before != self.mask_id) & masked).flatten().nonzero().squeeze(1)
-        z = self.z.flatten(0, 1)  # (n L, particles, hidden), the same memory
+        again = anew.flatten().nonzero().squeeze(1)
         if self.latent == "selfcond":
-            z[at] = process.estimate(log_probs[kept], self.table, "soft").unsqueeze(1)
-            z[again] = 0.0
+            self.z.index_copy_(1, at, process.estimate(log_probs[kept], self.table, "soft").unsqueeze(0))
+            self.z.index_fill_(1, again, 0.0)
             return
-        length = before.shape[1]
-        clean = self._estimate(log_probs, kept, at, length).unsqueeze(1)
+        clean, fresh = self._estimate(log_probs, kept, at), self._normal(staying)
         gamma_t, gamma_s = self.gamma.keep(t), self.gamma.keep(s)
         step = process.reverse_step(gamma_t, gamma_s, path=self.motion.path, eta=self.motion.eta)
-        fresh = self._normal(length).flatten(0, 1)
-        z0, zt, std = (factor.float()[at // length].view(-1, 1, 1) for factor in step)
-        z[at] = (z[at] * zt).addcmul_(z0, clean).addcmul_(std, fresh[at])
+        z0, zt, std = torch.stack(step).float()[:, at // self.length].unsqueeze(2)
+        z = self.z.index_select(1, at).mul_(zt).addcmul_(z0, clean).addcmul_(std, fresh)
+        self.z.index_copy_(1, at, z)
         if len(again):  # as if just masked: around the token that was there
-            around = self.table[before.flatten()[again]].unsqueeze(1)
-            gamma = gamma_s.float()[again // length].view(-1, 1, 1)
-            z[again] = process.noisy_latent(around, fresh[again], gamma, self.motion.path)
+            around = self.table[before.flatten()[again]]
+            gamma = gamma_s.float()[again // self.length].unsqueeze(1)
+            z = process.noisy_latent(around, self._normal(anew), gamma, self.motion.path)
+            self.z.index_copy_(1, again, z)
 
-    def _estimate(self, log_probs: Tensor, kept: Tensor, at: Tensor, length: int) -> Tensor:
+    def _estimate(self, log_probs: Tensor, kept: Tensor, at: Tensor) -> Tensor:
         """Clean latents of the positions ``at`` that stay masked, which are the ``kept`` of the predicted ones."""
         assert self.table is not None
         motion = self.motion
         if motion.estimator == "hard":  # the likeliest of all that were predicted: cheaper than a copy of some
-            return self.table[process.likeliest(log_probs)[kept]]
+            return self.table.index_select(0, process.likeliest(log_probs)[kept])
         uniform = None
         if motion.estimator == "sampled":
-            uniform = self.noise.uniform(length, dtype=torch.float64).to(self.device).flatten()[at]
+            uniform = self.noise.uniform(self.length, dtype=torch.float64).to(self.device).flatten()[at]
         return process.estimate(
             log_probs[kept],
             self.table,
@@ -245,8 +245,9 @@ class Denoiser:
             uniform=uniform,
         )
 
-    def _normal(self, length: int) -> Tensor:
-        return self.noise.normal(length, self.particles, self.net.hidden).to(self.device)
+    def _normal(self, where: Tensor) -> Tensor:
+        """Draws for the N positions of ``where`` (n, L) bool, (particles, N, hidden)."""
+        return self.noise.normal_at(where, self.particles, self.net.hidden).to(self.device).transpose(0, 1)
 
     def _shadow_noise(self, held: Tensor, t: Tensor) -> Tensor | None:
         """Latents of slots that stand for no token: noise of the current strength around nothing."""

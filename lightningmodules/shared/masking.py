@@ -219,6 +219,42 @@ class Geometric(Exponential):
         return (ratio / math.log(self.high / self.low)).clamp(0.0, 1.0)
 
 
+class Shifted(Schedule):
+    """Another schedule whose ratio of signal to noise is multiplied at every time.
+
+    For the signal of a latent: rows of norm r under this schedule with ``log_snr = 2 ln(q / r)`` tell tokens apart when
+    rows of norm q under ``base`` do. With r = sqrt(hidden) the latent has unit variance at every noise level, and the
+    network reads the rows of a small q as easily as those of a large one.
+
+    Args:
+        log_snr: added to the logarithm of keep / lost.
+        base: the other schedule; None for 1 - t.
+    """
+
+    def __init__(self, log_snr: float, base: Schedule | None = None) -> None:
+        if not -30.0 < log_snr < 30.0:
+            raise ValueError(f"Shifted: log_snr={log_snr}: expected a number between -30 and 30, e.g. -4.")
+        self.factor, self.base = math.exp(log_snr), base or LogLinear()
+
+    def lost(self, t: Tensor) -> Tensor:
+        """Lost / (lost + factor kept)."""
+        lost = self.base.lost(t)
+        return lost / (lost + self.factor * self.base.keep(t))
+
+    def keep(self, t: Tensor) -> Tensor:
+        """Factor kept / (lost + factor kept)."""
+        kept = self.factor * self.base.keep(t)
+        return kept / (self.base.lost(t) + kept)
+
+    def rate(self, t: Tensor) -> Tensor:
+        """Factor rate / (lost + factor kept)^2."""
+        return self.factor * self.base.rate(t) / (self.base.lost(t) + self.factor * self.base.keep(t)).square()
+
+    def time_of(self, lost: Tensor) -> Tensor:
+        """The base's time of factor lost / (1 - lost + factor lost)."""
+        return self.base.time_of(self.factor * lost / (1.0 - lost + self.factor * lost))
+
+
 class Bound(NamedTuple):
     """A bound on -log p of rows, draw by draw; its mean over draws is the estimate.
 
@@ -331,42 +367,6 @@ def count_masks(uniform: Tensor, eligible: Tensor, share: Tensor) -> tuple[Tenso
     masked = eligible & (uniform <= last)
     lost = torch.where(n > 0, last.squeeze(1), torch.ones_like(last.squeeze(1)))
     return masked, lost, n / chosen
-
-
-class Shifted(Schedule):
-    """Another schedule whose ratio of signal to noise is multiplied at every time.
-
-    For the signal of a latent: rows of norm r under this schedule with ``log_snr = 2 ln(q / r)`` tell tokens apart when
-    rows of norm q under ``base`` do. With r = sqrt(hidden) the latent has unit variance at every noise level, and the
-    network reads the rows of a small q as easily as those of a large one.
-
-    Args:
-        log_snr: added to the logarithm of keep / lost.
-        base: the other schedule; None for 1 - t.
-    """
-
-    def __init__(self, log_snr: float, base: Schedule | None = None) -> None:
-        if not -30.0 < log_snr < 30.0:
-            raise ValueError(f"Shifted: log_snr={log_snr}: expected a number between -30 and 30, e.g. -4.")
-        self.factor, self.base = math.exp(log_snr), base or LogLinear()
-
-    def lost(self, t: Tensor) -> Tensor:
-        """Lost / (lost + factor kept)."""
-        lost = self.base.lost(t)
-        return lost / (lost + self.factor * self.base.keep(t))
-
-    def keep(self, t: Tensor) -> Tensor:
-        """Factor kept / (lost + factor kept)."""
-        kept = self.factor * self.base.keep(t)
-        return kept / (self.base.lost(t) + kept)
-
-    def rate(self, t: Tensor) -> Tensor:
-        """Factor rate / (lost + factor kept)^2."""
-        return self.factor * self.base.rate(t) / (self.base.lost(t) + self.factor * self.base.keep(t)).square()
-
-    def time_of(self, lost: Tensor) -> Tensor:
-        """The base's time of factor lost / (1 - lost + factor lost)."""
-        return self.base.time_of(self.factor * lost / (1.0 - lost + self.factor * lost))
 
 
 def _checked(eps: float) -> float:

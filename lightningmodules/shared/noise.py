@@ -36,6 +36,10 @@ class Noise(Protocol):
         """Uniform draws in [0, 1), (n, *shape)."""
         ...
 
+    def normal_at(self, where: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal draws for the N positions that ``where`` (n, L) bool holds, row by row, (N, *shape)."""
+        ...
+
 
 class SampleNoise:
     """One generator per sample: draws do not depend on batch size, rank or call order of other samples.
@@ -68,6 +72,14 @@ class SampleNoise:
             row.uniform_(generator=generator)
         return draws.to(self.device)
 
+    def normal_at(self, where: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal draws for the N positions that ``where`` (n, L) bool holds, row by row, (N, *shape)."""
+        counts = where.sum(dim=1).tolist()
+        draws = torch.empty(sum(counts), *shape, dtype=dtype)
+        for row, generator in zip(draws.split(counts), self._generators, strict=True):
+            row.normal_(generator=generator)
+        return draws.to(self.device)
+
 
 class ReplayNoise:
     """Recorded draws, returned in turn; for comparing with numbers computed elsewhere.
@@ -96,3 +108,7 @@ class ReplayNoise:
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The next recorded tensor, (n, *shape)."""
         return self._next(shape, dtype)
+
+    def normal_at(self, where: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Of the next recorded tensor, (n, L, *shape), the positions that ``where`` (n, L) bool holds, (N, *shape)."""
+        return self._next((where.shape[1], *shape), dtype)[where]

@@ -26,6 +26,9 @@ class Batched:
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.rand(self.rows, *shape, dtype=dtype, generator=self.generator)
 
+    def normal_at(self, where: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(int(where.sum()), *shape, dtype=dtype, generator=self.generator)
+
 
 def drawn(oracle: Oracle, estimator: str | None, steps: int, rows: int) -> Tensor:
     length = oracle.states.shape[1]
@@ -88,15 +91,14 @@ def test_limits_of_a_step() -> None:
 
 
 def test_large_rows_under_a_shifted_schedule_say_as_much_as_small_ones() -> None:
-    """The same ratio of signal to noise, so the same posterior, at every time; and unit variance where r^2 = width."""
-    width, small = 16, 0.7
-    large, t = math.sqrt(width), torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
+    """The same ratio of signal to noise at every time, so the same posterior, and the same weight in the bound."""
+    large, small, t = 4.0, 0.7, torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
     base, shifted = LogLinear(), Shifted(2 * math.log(small / large))
-    ours = process.snr(shifted.keep(t)) * large**2
-    torch.testing.assert_close(ours, process.snr(base.keep(t)) * small**2)
-    errors = torch.full_like(t, 0.3)  # squared errors in units of the rows' squared norm
-    bound = process.squared_error_rate(shifted.keep(t), shifted.rate(t)) * errors * large**2
-    torch.testing.assert_close(bound, process.squared_error_rate(base.keep(t), base.rate(t)) * errors * small**2)
+    ours, theirs = (
+        torch.stack([process.snr(s.keep(t)), process.squared_error_rate(s.keep(t), s.rate(t))]) * norm**2
+        for s, norm in ((shifted, large), (base, small))
+    )
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("path", ["vp", "flow"])

@@ -270,5 +270,3 @@ def test_wrong_settings_are_refused() -> None:
         Draw(top_p=0.0)
     with pytest.raises(ValueError, match=r"sampling.verify=2"):
         Wino(LogLinear(), verify=2.0)
-    with pytest.raises(ValueError, match="expected drawn or likeliest"):
-        Wino(LogLinear(), draft_by="best")  # type: ignore[arg-type]

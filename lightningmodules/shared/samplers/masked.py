@@ -7,7 +7,7 @@ it carries beside the tokens. Positions that are not free are never changed. A r
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -368,7 +368,8 @@ class Wino:
         verify: mask revealed slots again whose token has less than this probability given all others, in [0, 1].
         draft_by: how sure a slot is: by the probability of the token "drawn" there, as published, or of its
             "likeliest". The same at temperature 0. Above it, the first prefers slots where a likely token happened to
-            be drawn, so likely tokens become more frequent than the model has them; the second leaves them as they are.
+            be drawn, so likely tokens become more frequent than the model has them; the second does not, and only what
+            is taken back makes them so.
 
     Source: arXiv 2507.18578; Feng-Hong/WINO-DLLM.
     Differs: every row of a batch has its own block, limits and masks, so a row's sample is that of a batch of one.
@@ -386,8 +387,6 @@ class Wino:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"sampling.{name}={value}: expected a probability, 0..1, e.g. 0.6 and 0.9.")
-        if self.draft_by not in get_args(DraftBy):
-            raise ValueError(f"sampling.draft_by={self.draft_by!r}: expected drawn or likeliest.")
 
 
 FIRST_LIMIT = 30  # revealed slots below which the first verification of a block stays
@@ -430,8 +429,9 @@ def wino(
         log_probs = draw.shape(log_probs, t.unsqueeze(1).expand_as(where)[where])
         drawn = draw.tokens(log_probs, uniform[where])
         sure = torch.zeros(n, length, dtype=torch.float64, device=device)
-        by = drawn if how.draft_by == "drawn" else log_probs.argmax(dim=1)
-        sure[where] = log_probs.double().gather(1, by.unsqueeze(1)).squeeze(1).exp()
+        by_drawn = how.draft_by == "drawn"
+        judged = log_probs.gather(1, drawn.unsqueeze(1)).squeeze(1) if by_drawn else log_probs.amax(dim=1)
+        sure[where] = judged.double().exp()
         accept = _drafted(sure, open_, how.draft)
         accepted = accept.sum(dim=1)
         doubt = torch.full((n, width), -torch.inf, dtype=torch.float64, device=device)
