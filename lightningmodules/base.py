@@ -135,7 +135,9 @@ class GenerativeModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One optimiser over everything trainable, its curve stepped every update."""
-        optimizer = self._optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        takes_names = getattr(getattr(self._optimizer, "func", None), "takes_names", False)
+        optimizer = self._optimizer(named if takes_names else [parameter for _, parameter in named])
         if self._schedule is None:
             return optimizer
         total, schedule = int(self.trainer.max_steps), self._schedule
