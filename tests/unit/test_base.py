@@ -1,14 +1,11 @@
 """What every room inherits: averages, swaps, noise, codecs, curves."""
 
-import math
-
 import pytest
 import torch
 
 from lightningmodules.shared.codecs import Pixels
 from lightningmodules.shared.conditioning import Condition
 from lightningmodules.shared.noise import ReplayNoise, SampleNoise, fold_seed
-from lightningmodules.shared.optim import warmup_cosine
 from tests.toy import Toy
 
 
@@ -113,9 +110,3 @@ def test_condition_slices_and_joins() -> None:
     joined = Condition.cat([condition[:1], condition[3:]])
     assert joined.label is not None
     assert joined.label.tolist() == [0, 3]
-
-
-def test_curve_starts_peaks_ends_and_stays() -> None:
-    factors = [warmup_cosine(step, 100, warmup_steps=10, start=0.1, end=0.2) for step in (0, 5, 10, 55, 100, 500)]
-    expected = [0.1, 0.55, 1.0, 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 2)), 0.2, 0.2]
-    assert factors == pytest.approx(expected)

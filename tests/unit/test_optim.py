@@ -1,10 +1,14 @@
-"""The optimiser for matrices: what an update is, which parameters get it, and that it continues."""
+"""The learning-rate curve; and the optimiser for matrices: its updates, which parameters get them, how it continues."""
+
+import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightningmodules.shared.optim import Muon, orthogonal
+from lightningmodules.shared.optim import Muon, orthogonal, warmup_cosine
+from tests.toy import Toy
 
 
 def network() -> nn.ModuleDict:
@@ -80,3 +84,17 @@ def test_settings_out_of_range_are_refused(setting: str) -> None:
     name, value = setting.split("=")
     with pytest.raises(ValueError, match=setting):
         Muon([torch.zeros(2, 2)], **{name: type(0.0 if "." in value else 0)(value)})  # type: ignore[arg-type]
+
+
+def test_a_room_tells_it_the_names() -> None:
+    room = Toy()
+    room._optimizer, room._schedule = partial(Muon, others=["outer"]), None
+    room.configure_model()
+    matrices = room.configure_optimizers().param_groups[0]["params"]
+    assert [id(matrix) for matrix in matrices] == [id(room.net.inner.weight)]
+
+
+def test_curve_starts_peaks_ends_and_stays() -> None:
+    factors = [warmup_cosine(step, 100, warmup_steps=10, start=0.1, end=0.2) for step in (0, 5, 10, 55, 100, 500)]
+    expected = [0.1, 0.55, 1.0, 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 2)), 0.2, 0.2]
+    assert factors == pytest.approx(expected)
