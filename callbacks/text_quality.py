@@ -62,7 +62,8 @@ class TextQuality(AtValidations):
         super().__init__()
         if mauve is not None and importlib.util.find_spec("mauve") is None:
             raise ValueError(
-                "callbacks.quality.mauve needs a package. Type: pip install mauve-text, or set it to null."
+                "callbacks.quality.mauve needs a package, the extra mauve. Type: pip install mauve-text, or set it to"
+                " null."
             )
         self.settings: dict[str, Any] = plain(settings or {})
         self.n, self.every, self.weights, self.scorer = n, every, tuple(weights), scorer
@@ -106,15 +107,18 @@ class TextQuality(AtValidations):
             labels = [number % max(1, module.num_classes) for number in numbers]
             seeds = [self.first_seed + number for number in numbers]
             parts.append(module.sample(seeds, module.condition(labels), **self.settings))
-            calls.append(getattr(module, "evaluations", None))
-        tokens = torch.cat(parts)
-        if trainer.world_size > 1:
-            gathered = trainer.strategy.all_gather(
-                tokens
-            )  # (ranks, longest share, L): sample i is row i // ranks of i % ranks
-            tokens = gathered.transpose(0, 1).flatten(0, 1)
-        known = [torch.as_tensor(call).double().mean().item() for call in calls if call is not None]
-        return tokens[: self.n].cpu(), sum(known) / len(known) if known else None
+            counted = getattr(module, "evaluations", None)
+            calls += [] if counted is None else [counted]
+        count = float(self._together(trainer, calls).double().mean()) if calls else None
+        return self._together(trainer, parts), count
+
+    def _together(self, trainer: L.Trainer, parts: list[Tensor]) -> Tensor:
+        """What all ranks have, (n, ...) in the order of the samples, on the CPU."""
+        rows = torch.cat(parts)
+        if trainer.world_size > 1:  # (ranks, longest share, ...): sample i is row i // ranks of i % ranks
+            gathered = trainer.strategy.all_gather(rows)
+            rows = gathered.transpose(0, 1).flatten(0, 1)
+        return rows[: self.n].cpu()
 
     def _values(self, trainer: L.Trainer, module: GenerativeModule, tokens: Tensor) -> dict[str, float]:
         texts: list[str] = list(module.codec.decode(tokens))

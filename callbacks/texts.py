@@ -10,7 +10,7 @@ from torch import Tensor
 
 from callbacks.features.text import unigram_entropy
 from callbacks.records import scalars, text
-from callbacks.sampling import draw, guidance_of, plain, prompted
+from callbacks.sampling import guidance_of, plain, prompted
 from callbacks.validations import AtValidations
 from lightningmodules.base import GenerativeModule
 
@@ -21,7 +21,7 @@ class Texts(AtValidations):
     """Tables of generated text at every validation, to TensorBoard and to ``samples/step_*/`` in the run folder.
 
     ==========================  ================================================================================
-    ``samples/ema/g1.0``        averaged weights: seed, prompt, text and entropy of every sample
+    ``samples/ema/g1.0``        averaged weights: seed, prompt, text, entropy and network evaluations of every sample
     ``samples/raw/g1.0``        the same seeds with the weights being trained
     ``samples/film``            one sequence being drawn, one line per reveal (rooms that have ``trajectory``)
     ``health/sample_entropy``   mean entropy of the samples' own tokens in nats; falls when the text repeats itself
@@ -79,12 +79,14 @@ class Texts(AtValidations):
     def _table(self, trainer: L.Trainer, module: GenerativeModule, kind: str) -> None:
         seeds = list(range(self.first_seed, self.first_seed + self.n))
         with module.use_weights(kind):
-            tokens, prompts = self._draw(module, seeds)
+            tokens, prompts, calls = self._draw(module, seeds)
         samples, entropies = module.codec.decode(tokens), unigram_entropy(tokens).tolist()
         rows = [
             {"seed": seed, "prompt": prompt, "text": sample, "entropy": round(entropy, 3)}
             for seed, prompt, sample, entropy in zip(seeds, prompts, samples, entropies, strict=True)
         ]
+        for row, count in zip(rows, calls, strict=False):  # none where the room does not count them
+            row["evaluations"] = count
         group = "raw" if kind == "raw" else "ema"
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         head = f"{kind}, step {module.updates}, guidance {guidance_of(self.settings)}"
@@ -92,17 +94,21 @@ class Texts(AtValidations):
         if group == "ema" or len(self.weights) == 1:
             scalars(trainer, {"health/sample_entropy": sum(float(str(row["entropy"])) for row in rows) / len(rows)})
 
-    def _draw(self, module: GenerativeModule, seeds: Sequence[int]) -> tuple[Tensor, list[str]]:
-        """Samples and the prompt of each; prompts differ in length, so each is drawn by itself."""
-        labels = [seed % max(1, module.num_classes) for seed in seeds]
-        if not self.prompts:
-            return draw(module, seeds, labels, self.settings, self.chunk), [""] * len(seeds)
-        prompts = [self.prompts[index % len(self.prompts)] for index in range(len(seeds))]
-        rows = [
-            module.sample([seed], prompted(module, module.condition([label]), prompt), **self.settings)
-            for seed, label, prompt in zip(seeds, labels, prompts, strict=True)
-        ]
-        return torch.cat(rows), prompts
+    def _draw(self, module: GenerativeModule, seeds: Sequence[int]) -> tuple[Tensor, list[str], list[int]]:
+        """Samples, the prompt of each and its evaluations; prompts differ in length, so each is drawn by itself."""
+        prompts = [self.prompts[index % len(self.prompts)] if self.prompts else "" for index in range(len(seeds))]
+        size = 1 if self.prompts else self.chunk
+        rows: list[Tensor] = []
+        calls: list[int] = []
+        for first in range(0, len(seeds), size):
+            part = seeds[first : first + size]
+            condition = module.condition([seed % max(1, module.num_classes) for seed in part])
+            if self.prompts:
+                condition = prompted(module, condition, prompts[first])
+            rows.append(module.sample(part, condition, **self.settings))
+            counted = getattr(module, "evaluations", None)
+            calls += [] if counted is None else counted.tolist()
+        return torch.cat(rows), prompts, calls
 
     def _film(self, trainer: L.Trainer, module: GenerativeModule) -> None:
         trajectory: Callable[..., list[Tensor]] = getattr(module, "trajectory")  # noqa: B009 - rooms may lack it

@@ -144,6 +144,21 @@ class GenerativeModule(L.LightningModule):
         curve = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": curve, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm of all gradients together.
+
+        Lightning refuses fused optimisers under mixed precision, as they might undo a scaling of gradients themselves;
+        bfloat16 scales none.
+        """
+        if gradient_clip_val:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count, and make the noise of this micro-batch a function of its number, so a continued run repeats it.
 

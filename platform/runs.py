@@ -299,6 +299,13 @@ def load_module(path: str | Path, weights: str = "ema") -> tuple[Any, Any]:
     return module.eval(), cfg
 
 
+def device() -> str:
+    """Where a loaded model draws samples: the GPU if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def use_decoder(module: Any, folder: str | None) -> str:
     """Let a model of latents draw its pictures with another autoencoder's decoder; None changes nothing.
 

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
         0.
     """
     from platform import inpainting
-    from platform.runs import load_module, use_decoder
+    from platform.runs import device, load_module, use_decoder
 
     module, cfg = load_module(args.run, args.weights or "ema")
     decoder = use_decoder(module, args.decoder)
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     todo = [seed for seed in args.seeds if not _file(out, seed).is_file()]
     if len(todo) < len(args.seeds):
         print(f"{len(args.seeds) - len(todo)} of {len(args.seeds)} samples are in {out} already")
-    module.to(_device())
+    module.to(device())
     begin = time.monotonic()
     calls: dict[int, int] = {}  # network evaluations, for methods that count them
     for first in range(0, len(todo), args.batch):
@@ -224,9 +224,3 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
     aside = file.with_suffix(f".{os.getpid()}.tmp")
     aside.write_text(json.dumps(request, indent=1))
     os.replace(aside, file)
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 PROBLEMS = "problems.jsonl"
+AT_ONCE = 16  # answers drawn together; their logits over a large vocabulary fill memory
 
 
 def check(args: argparse.Namespace) -> None:
@@ -41,10 +42,12 @@ def run(module: Any, settings: dict[str, Any], args: argparse.Namespace, folder:
     """
     from callbacks.features import execution
     from callbacks.features.text import pass_at_k
+    from platform.runs import device
 
     tokenizer = getattr(module.codec, "tokenizer", None)
     if tokenizer is None:
         raise ValueError("--problems needs a model that writes text; this one does not. Leave --problems out.")
+    module.to(device())
     problems = execution.problems(Path(args.problems))
     rows: list[dict[str, Any]] = []
     solved: list[tuple[int, int]] = []
@@ -75,5 +78,9 @@ def _answers(module: Any, prompt: str, answers: int, settings: dict[str, Any]) -
     """Continuations of a prompt, one per seed, without the prompt."""
     from callbacks.sampling import prompted
 
-    texts = module.generate(list(range(answers)), prompted(module, None, prompt, answers, holes=False), **settings)
+    texts: list[str] = []
+    for first in range(0, answers, AT_ONCE):
+        seeds = range(first, min(first + AT_ONCE, answers))
+        condition = prompted(module, None, prompt, len(seeds), holes=False)
+        texts += module.generate(list(seeds), condition, **settings)
     return [text.removeprefix(prompt) for text in texts]

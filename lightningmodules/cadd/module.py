@@ -21,6 +21,7 @@ from lightningmodules.shared.conditioning import Condition
 from lightningmodules.shared.masking import Bound, Schedule
 from lightningmodules.shared.noise import Noise, SampleNoise
 from lightningmodules.shared.samplers.masked import Counts, DraftBy, Draw, Grid, Order, Plan, Remask, Wino, reveal, wino
+from lightningmodules.shared.sharding import whole
 
 SWITCH: dict[Any, Latent] = {True: "on", False: "off", "on": "on", "off": "off", "selfcond": "selfcond"}
 CALLS = ("embed", "latents", "condition", "gated", "trunk", "logits", "cross_entropy")  # methods of the network
@@ -249,7 +250,8 @@ class Cadd(GenerativeModule):
         parts = getattr(self._trainer, "accumulate_grad_batches", 1) if self.training else 1
         rank = getattr(self._trainer, "global_rank", 0)
         part = (self.micro_batches - 1) % parts
-        index = (part * world + rank) * rows + torch.arange(rows, device=self.device, dtype=torch.float64)
+        row = torch.arange(rows, device=self.device, dtype=torch.float64)
+        index = (row * parts + part) * world + rank  # dealt out in turn, so that all ranks have as much to do
         uniform = torch.rand(rows, dtype=torch.float64, device=self.device)
         u = masking.stratified(uniform, index, rows * world * parts)
         t = 1.0 - (1.0 - self.time_eps) * u  # in (time_eps, 1]
@@ -260,7 +262,7 @@ class Cadd(GenerativeModule):
         eligible: Tensor = batch["valid"] if "valid" in batch else torch.ones_like(x0, dtype=torch.bool)
         if "given" in batch:
             eligible = eligible & ~batch["given"]
-        if eligible.device.type == "cpu" and not bool(eligible.any(dim=1).all()):
+        if not bool(eligible.any(dim=1).all()):
             row = int((~eligible.any(dim=1)).nonzero()[0])
             key = batch["key"][row] if "key" in batch else f"row {row}"
             raise ValueError(
@@ -281,11 +283,7 @@ class Cadd(GenerativeModule):
         return cast(Tensor, batch["label"])
 
     def _check_labels(self, labels: Tensor) -> None:
-        if (
-            labels.device.type == "cpu"
-            and len(labels)
-            and not -1 <= int(labels.min()) <= int(labels.max()) < max(1, self.num_classes)
-        ):
+        if len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < max(1, self.num_classes):
             raise ValueError(
                 f"Label {int(labels.max())} came; the model has {self.num_classes} classes, 0 to"
                 f" {self.num_classes - 1}, and -1 for none. Set module.net.num_classes or the labels."
@@ -464,12 +462,17 @@ class Cadd(GenerativeModule):
                     "sampling.order=wino needs predictions at the tokens' own positions; those of a network adapted"
                     " from a causal model come from the position before. Set sampling.order=entropy, for example."
                 )
-            found = wino(model, tokens, free, noise, Wino(self.alpha, block, draft, verify, draft_by), draw, watch)
+            if remask != "none":
+                raise ValueError(f"sampling.remask={remask}: order=wino masks again by its own rule. Leave remask out.")
+            how = Wino(self.alpha, block, draft, verify, draft_by)
+            with whole(self.net):  # ranks need different numbers of calls
+                found = wino(model, tokens, free, noise, how, draw, watch)
         else:
             plan = Plan(
                 self.alpha, steps, order, counts, order_temperature, block, remask, remask_strength, grid, cache
             )
-            found = reveal(model, tokens, free, noise, plan, draw, watch)
+            with whole(self.net):
+                found = reveal(model, tokens, free, noise, plan, draw, watch)
         self.evaluations = found.evaluations
         return found.tokens
 
@@ -492,5 +495,5 @@ class Cadd(GenerativeModule):
             return None
         if len(labels) != rows:
             raise ValueError(f"{rows} seeds but {len(labels)} labels came; give one label per seed.")
-        self._check_labels(labels.cpu())
+        self._check_labels(labels)
         return labels.to(self.device)

@@ -162,7 +162,10 @@ def estimate(
     probs = (log_probs / temperature).softmax(dim=-1) if shaped else log_probs.exp()
     if kind == "soft":
         probs = probs.to(table.dtype)
-        return probs @ table if index is None else F.embedding_bag(index, table, mode="sum", per_sample_weights=probs)
+        if index is not None:
+            return F.embedding_bag(index, table, mode="sum", per_sample_weights=probs)
+        with torch.autocast(table.device.type, enabled=False):
+            return probs @ table
     assert uniform is not None, "a sampled estimate needs draws"
     cumulative = probs.double().cumsum(dim=-1)
     drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(-1), right=True)

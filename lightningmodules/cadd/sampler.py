@@ -311,7 +311,8 @@ def guided(conditional: Tensor, unconditional: Tensor, weight: float) -> Tensor:
 
     Source: arXiv 2412.10193, D-CFG for absorbing noise, on the prediction of the clean token.
     """
-    return torch.lerp(unconditional, conditional, weight).log_softmax(dim=-1)
+    never = conditional == -torch.inf  # the mask, which neither predicts; a difference of infinities is not a number
+    return torch.lerp(unconditional, conditional, weight).masked_fill(never, -torch.inf).log_softmax(dim=-1)
 
 
 def noise_level(schedule: Schedule, t: Tensor) -> Tensor:

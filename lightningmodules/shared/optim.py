@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that brings singular values near 1
 ADAM_SIZE = 0.2  # root mean square of AdamW's usual update, in units of the learning rate
@@ -35,9 +36,8 @@ def warmup_cosine(step: int, total_steps: int, *, warmup_steps: int = 0, start: 
 class Muon(torch.optim.Optimizer):
     """Muon for the matrices inside a network, AdamW for tables of tokens, last layers, vectors and all else.
 
-    Small transformers learn tokens with half of AdamW's updates. ``torch.optim.Muon`` takes matrices only, so a network
-    needs two optimisers, and it rounds to bfloat16, which most CPUs are slow at; here CPUs work in float32 and matrices
-    of one shape are handled together.
+    ``torch.optim.Muon`` takes matrices only, so a network needs two optimisers, and it rounds to bfloat16, which most
+    CPUs are slow at; here CPUs work in float32, and matrices of one shape are handled together.
 
     Args:
         params: (name, parameter) pairs. Without names every matrix counts as one inside the network.
@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
         betas: of AdamW.
         eps: of AdamW.
         ns_steps: iterations that bring the singular values of an update near 1.
-        others: parts of names whose matrices AdamW takes.
+        others: parts of names whose matrices AdamW takes: those of tables and last layers.
 
     Raises:
         ValueError: a setting is out of range.
@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         ns_steps: int = 5,
-        others: Sequence[str] = ("embed", "output"),
+        others: Sequence[str] = ("embed", "wte", "wpe", "output", "proj_out", "lm_head"),
     ) -> None:
         if lr < 0 or (adam_lr is not None and adam_lr < 0):
             raise ValueError(f"lr={lr}, adam_lr={adam_lr}: expected >= 0, e.g. 3e-3 and 1e-3")
@@ -114,7 +114,10 @@ class Muon(torch.optim.Optimizer):
             updates = orthogonal(means, first["ns_steps"])
             torch._foreach_mul_(parameters, 1.0 - first["lr"] * first["weight_decay"])
             size = first["lr"] * ADAM_SIZE * math.sqrt(max(shape))
-            torch._foreach_add_(parameters, updates.to(parameters[0].dtype).unbind(), alpha=-size)
+            for parameter, update in zip(parameters, updates.to(parameters[0].dtype).unbind(), strict=True):
+                if isinstance(parameter, DTensor) and isinstance(update, DTensor):
+                    update = update.redistribute(placements=parameter.placements)
+                parameter.add_(update, alpha=-size)
         self._adam.state, self._adam.param_groups = self.state, self.param_groups[1:]  # anew: loading replaces them
         self._adam.step()
         return loss

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,6 +173,37 @@ def test_a_model_trained_here_scores_texts(tmp_path: Path, capsys: pytest.Captur
     assert "--scorer judges texts, and mdlm_digits has no callbacks.quality" in said
     said = refused(capsys, "evaluate", tmp_path / "mdlm_text27", "--scorer", tmp_path / "nothing")
     assert "callbacks.quality.scorer.folder=" in said
+
+
+# ---- mixed precision, several ranks ----
+
+
+def test_fused_optimiser_clipped_under_mixed_precision(tmp_path: Path) -> None:
+    """As the full-size recipes do; Lightning alone refuses it."""
+    settings = ["trainer.precision=bf16-mixed", "trainer.gradient_clip=1.0", "module.optimizer.fused=true"]
+    assert cli.main(["fit", "mdlm_copy", "--tiny", *QUIET, *settings, f"runs={tmp_path}"]) == 0
+
+
+def test_ranks_that_need_different_numbers_of_calls_sample_together(tmp_path: Path) -> None:
+    """Of a sharded network, whose every call is one of all ranks; steps that reveal nothing on a rank need none."""
+    settings = [
+        "trainer.devices=2",
+        "trainer.max_steps=1",
+        "trainer.val_every=1",
+        "callbacks.quality.n=3",
+        "callbacks.samples={_target_: callbacks.texts.Texts, n: 3, film_every: 0}",
+        "sampling.steps=32",
+    ]
+    few = [f"{key}={value}" for key, value in LEAST.items()]
+    command = [sys.executable, "-m", "platform", "fit", "mdlm_copy", "--tiny", *settings, *few, f"runs={tmp_path}"]
+    subprocess.run(command, check=True, timeout=240, capture_output=True)
+    run = tmp_path / "mdlm_copy-tiny"
+    (table,) = run.glob("samples/step_*1/ema_*.jsonl")
+    counted = [json.loads(line)["evaluations"] for line in table.read_text().splitlines()]
+    logged = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    (mean,) = [row["value"] for row in logged if row["tag"] == "metrics/evaluations"]
+    assert len(set(counted)) > 1
+    assert mean == pytest.approx(sum(counted) / 3)
 
 
 # ---- mistakes ----

@@ -4,6 +4,7 @@ import functools
 import math
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightningmodules.cadd import weights
+from lightningmodules.cadd import process, weights
 from lightningmodules.cadd.module import Cadd
 from lightningmodules.cadd.network import CaddNet
+from lightningmodules.cadd.sampler import guided
 from lightningmodules.cadd.straightforward import Straightforward
 from lightningmodules.shared.codecs import HOLE, PixelTokens, Tokens
 from lightningmodules.shared.conditioning import Condition
@@ -55,6 +57,17 @@ def batch(rows: int = ROWS) -> dict[str, Any]:
 def value(module: Cadd, data: dict[str, Any], seed: int = 0) -> Tensor:
     torch.manual_seed(seed)
     return module.loss(data)["loss"]
+
+
+def test_ranks_share_the_times_of_an_update_evenly() -> None:
+    """Each has small and large ones, since a row costs what is masked in it; together they are one in every part."""
+    module, found = room(), []
+    for rank in range(2):
+        module._trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=1, global_rank=rank)  # type: ignore[assignment]
+        module.micro_batches = 1
+        found.append(((1.0 - module._times(4)) * 8).floor().long())
+    assert torch.cat(found).sort().values.tolist() == list(range(8))
+    assert found[0].diff().tolist() == found[1].diff().tolist() == [2, 2, 2]
 
 
 # ---- the switch ----
@@ -210,6 +223,17 @@ def test_samples_depend_on_their_seed_alone_and_keep_what_is_given(latent: Any, 
     assert (frames[0] == V).any()
 
 
+@pytest.mark.parametrize("latent", ["on", "selfcond"])
+def test_latents_stay_in_float32_under_bfloat16(latent: Any) -> None:
+    module = room(latent=latent)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = module.sample([0, 1], steps=4, estimator="soft")
+        soft = process.estimate(torch.zeros(2, V).log_softmax(dim=1), module.latent_rows(), "soft")
+    assert tokens.max() < V
+    assert soft.dtype == torch.float32
+    torch.testing.assert_close(soft[0], module.latent_rows().mean(dim=0))
+
+
 def test_one_step_and_the_number_of_evaluations() -> None:
     for latent in ("on", "off"):
         module = room(latent=latent)
@@ -229,6 +253,11 @@ def test_guidance_needs_two_evaluations_and_reaches_the_tokens() -> None:
     strong = module.sample(range(32), condition, steps=3, guidance=4.0)
     assert int(module.evaluations.max()) == 6
     assert not torch.equal(plain, strong)
+    inside = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    inside[:, 2] = -torch.inf  # the mask, where it is one of the vocabulary
+    led = guided(inside.log_softmax(dim=1), inside.roll(1, dims=0).log_softmax(dim=1), 2.0)
+    torch.testing.assert_close(led.exp().sum(dim=1), torch.ones(2))
+    assert led[:, 2].eq(-torch.inf).all()
     null = module.sample(range(32), module.null_condition(32), steps=3, guidance=4.0)
     assert torch.equal(null, module.sample(range(32), steps=3))
 
@@ -329,5 +358,9 @@ def test_mistakes_get_one_clear_message() -> None:
         room(latent="maybe")
     with pytest.raises(ValueError, match="needs labels"):
         room(net={"num_classes": 2}).loss(batch())
+    with pytest.raises(ValueError, match=r"remask=cap masks nothing again with sampling.remask_strength=0"):
+        module.sample([0], remask="cap")
+    with pytest.raises(ValueError, match=r"sampling.remask=cap: order=wino masks again by its own rule"):
+        module.sample([0], order="wino", remask="cap", remask_strength=0.1)
     with pytest.raises(ValueError, match="estimator='firm'"):
         module.sample([0], estimator="firm")

@@ -170,6 +170,11 @@ class Plan:
                 f"sampling.remask={self.remask} goes with sampling.order=ancestral, not {self.order}: only there is it"
                 " known how many tokens must be revealed in exchange."
             )
+        if self.remask != "none" and self.remask_strength == 0:
+            raise ValueError(
+                f"sampling.remask={self.remask} masks nothing again with sampling.remask_strength=0. Set a strength,"
+                " e.g. 0.05 (for corrector 1), or leave remask out."
+            )
         if self.remask_strength < 0 or (self.remask == "rescale" and self.remask_strength > 1):
             raise ValueError(f"sampling.remask_strength={self.remask_strength}: expected >= 0 (0..1 for rescale).")
 
