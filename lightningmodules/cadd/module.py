@@ -22,6 +22,7 @@ from lightningmodules.shared.masking import Bound, Schedule
 from lightningmodules.shared.noise import Noise, SampleNoise
 from lightningmodules.shared.samplers.masked import Counts, DraftBy, Draw, Grid, Order, Plan, Remask, Wino, reveal, wino
 from lightningmodules.shared.sharding import whole
+from lightningmodules.shared.token_transformer import LOGITS
 
 SWITCH: dict[Any, Latent] = {True: "on", False: "off", "on": "on", "off": "off", "selfcond": "selfcond"}
 CALLS = ("embed", "latents", "condition", "gated", "trunk", "logits", "cross_entropy")  # methods of the network
@@ -327,13 +328,7 @@ class Cadd(GenerativeModule):
         return Bound(t, ce, continuous, eligible.sum(dim=1))
 
     def _bound_of(
-        self,
-        batch: Batch,
-        x0: Tensor,
-        eligible: Tensor,
-        labels: Tensor | None,
-        noise: Noise,
-        which: tuple[int, int],
+        self, batch: Batch, x0: Tensor, eligible: Tensor, labels: Tensor | None, noise: Noise, which: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, length = x0.shape
         share = (noise.uniform(1, dtype=torch.float64).squeeze(1) + which[0]) / which[1]
@@ -341,19 +336,20 @@ class Cadd(GenerativeModule):
         masked, lost, weight = masking.count_masks(uniform, eligible, share)
         t = self.alpha.time_of(lost)
         at = masked.flatten().nonzero().squeeze(1)
-        latent = None
-        if self.latent == "on":
-            latent = noise.normal(length, self.net.hidden).flatten(0, 1)[at]
+        latent = noise.normal(length, self.net.hidden).flatten(0, 1)[at] if self.latent == "on" else None
         hidden, condition, clean = self._encode(batch, x0, masked, at, t, labels, latent)
         row, targets = at // length, x0.flatten()[at]
-        logits = self.net.logits(hidden, condition, at, self.codec.mask_id).float()
-        log_probs = logits.log_softmax(dim=1)
-        nats = -log_probs.gather(1, targets.unsqueeze(1)).squeeze(1).double()
-        total = torch.zeros(rows, dtype=torch.float64, device=x0.device).index_add(0, row, nats)
+        nats = torch.zeros(len(at), dtype=torch.float64, device=x0.device)
+        error, table = torch.zeros_like(nats), None if clean is None else self.latent_rows()
+        for part in torch.arange(len(at), device=x0.device).split(max(1, LOGITS // self.net.vocabulary)):
+            log_probs = self.net.logits(hidden, condition, at[part], self.codec.mask_id).float().log_softmax(dim=1)
+            nats[part] = -log_probs.gather(1, targets[part].unsqueeze(1)).squeeze(1).double()
+            if clean is not None and table is not None:
+                error[part] = (clean[part] - log_probs.exp() @ table).square().sum(dim=1).double()
+        zero = torch.zeros(rows, dtype=torch.float64, device=x0.device)
+        total, squared = (zero.index_add(0, row, values) for values in (nats, error))
         if clean is None:
-            return t, weight * total, torch.zeros_like(total)
-        error = (clean - log_probs.exp() @ self.latent_rows()).square().sum(dim=1).double()
-        squared = torch.zeros_like(total).index_add(0, row, error)
+            return t, weight * total, zero
         rate = process.squared_error_rate(self.gamma.keep(t), self.gamma.rate(t), self.latent_path)
         return t, weight * total, weight * squared * rate * lost / self.alpha.rate(t)
 
@@ -464,14 +460,14 @@ class Cadd(GenerativeModule):
                 )
             if remask != "none":
                 raise ValueError(f"sampling.remask={remask}: order=wino masks again by its own rule. Leave remask out.")
-            how = Wino(self.alpha, block, draft, verify, draft_by)
-            with whole(self.net):  # ranks need different numbers of calls
+        with whole(self.net):  # ranks need different numbers of calls
+            if order == "wino":
+                how = Wino(self.alpha, block, draft, verify, draft_by)
                 found = wino(model, tokens, free, noise, how, draw, watch)
-        else:
-            plan = Plan(
-                self.alpha, steps, order, counts, order_temperature, block, remask, remask_strength, grid, cache
-            )
-            with whole(self.net):
+            else:
+                plan = Plan(
+                    self.alpha, steps, order, counts, order_temperature, block, remask, remask_strength, grid, cache
+                )
                 found = reveal(model, tokens, free, noise, plan, draw, watch)
         self.evaluations = found.evaluations
         return found.tokens

@@ -178,6 +178,15 @@ def test_bound_is_right_for_a_model_that_knows_nothing_and_one_that_knows_all() 
     )
 
 
+def test_bound_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = room().bound(batch(), seeds=range(ROWS))
+    monkeypatch.setattr("lightningmodules.cadd.module.LOGITS", 5 * (V + 1))
+    parts = room().bound(batch(), seeds=range(ROWS))
+    torch.testing.assert_close(parts.cross_entropy, whole.cross_entropy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(parts.continuous, whole.continuous, rtol=1e-5, atol=1e-5)
+    assert parts.continuous.sum() > 0
+
+
 def test_bound_of_a_latent_counts_both_parts() -> None:
     """A network that ignores its input on uniform tokens: the cross-entropy is exact, the latent costs extra."""
     module = room(shake=0.0, latent="on")
