@@ -34,7 +34,8 @@ def writer(length: int = 100) -> SimpleNamespace:
     def generate(seeds: list[int], condition: object, **settings: object) -> list[str]:
         return ["def add(a, b):\n" + bodies[seed % 2] for seed in seeds]
 
-    return SimpleNamespace(codec=SimpleNamespace(tokenizer=Bytes(), shape=(length,)), generate=generate, device="cpu")
+    codec = SimpleNamespace(tokenizer=Bytes(), shape=(length,))
+    return SimpleNamespace(codec=codec, generate=generate, device="cpu", to=lambda device: None)
 
 
 def test_counts(problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,6 +46,15 @@ def test_counts(problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "pass@4    0.5000" in said
     rows = [json.loads(line) for line in (tmp_path / "out" / solve.PROBLEMS).read_text().splitlines()]
     assert [row["status"] for row in rows] == ["passed", "failed", "passed", "failed", "prompt too long"]
+
+
+def test_answers_are_drawn_a_few_at_a_time(problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+    model = writer()
+    model.generate = lambda seeds, condition, **settings: asked.append(seeds) or ["def add(a, b):\n"] * len(seeds)
+    monkeypatch.setattr(solve, "AT_ONCE", 3)
+    solve.run(model, {}, request(problems), tmp_path / "out")
+    assert asked == [[0, 1, 2], [3]]
 
 
 def test_nothing_runs_unasked(problems: Path, capsys: pytest.CaptureFixture[str]) -> None:
