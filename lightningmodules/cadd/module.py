@@ -284,7 +284,7 @@ class Cadd(GenerativeModule):
         return cast(Tensor, batch["label"])
 
     def _check_labels(self, labels: Tensor) -> None:
-        if len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < max(1, self.num_classes):
+        if bool(((labels < -1) | (labels >= max(1, self.num_classes))).any()):
             raise ValueError(
                 f"Label {int(labels.max())} came; the model has {self.num_classes} classes, 0 to"
                 f" {self.num_classes - 1}, and -1 for none. Set module.net.num_classes or the labels."
