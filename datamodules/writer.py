@@ -93,7 +93,7 @@ class DatasetWriter:
 
     def __enter__(self) -> "DatasetWriter":
         """Make the temporary folder beside the final one, and clear away what dead processes left there."""
-        if self.folder.is_dir() and any(self.folder.iterdir()):
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not self._appeared():
             raise ValueError(
                 f"{self.folder} is not empty, and {self.dataset} is not written over other files. "
                 f"Set data.root to a new folder, or data.source=null to use what is there."
@@ -146,6 +146,15 @@ class DatasetWriter:
                 shard = None
         if shard is not None:
             self.shards[shard.path.name] = shard.close()
+
+    def _appeared(self) -> bool:
+        """Whether another process has made this very set since the caller found that it was not there."""
+        found = catalogue.read(self.folder)
+        return (
+            found is not None
+            and (found.dataset, found.card) == (self.dataset, self.card)
+            and self.sources.items() <= found.sources.items()
+        )
 
     def _publish(self) -> None:
         index = Catalogue(self.dataset, self.licence, self.sources, self.shards, self.card)

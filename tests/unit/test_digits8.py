@@ -123,6 +123,24 @@ def test_no_half_shard_after_a_kill(tmp_path: Path) -> None:
     assert [entry.samples for entry in index.shards.values()] == [30, 30, 10]
 
 
+def test_a_set_that_another_process_makes_meanwhile_is_kept(tmp_path: Path) -> None:
+    def writer(name: str) -> DatasetWriter:
+        return DatasetWriter(tmp_path / "data", dataset=name, licence="", sources={"text": "1"})
+
+    def samples() -> Iterator[dict[str, bytes | str]]:
+        yield {"__key__": "0", "txt": b"x"}
+
+    with writer("d") as first:
+        first.write("train", samples(), per_shard=1)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()}
+    with writer("d") as second:
+        second.write("train", samples(), per_shard=1)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()}
+    with pytest.raises(ValueError, match="is not empty"), writer("e"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     mine = tmp_path / "train-000000.tar"
     mine.write_bytes(b"precious")
