@@ -23,11 +23,11 @@ class TextQuality(AtValidations):
 
     ``metrics/entropy`` (mean entropy of each sample's own tokens, nats), ``metrics/distinct_<n>`` (share of different
     n-grams over all samples; ``_mean``: mean of each sample's own), ``metrics/gen_ppl_<scorer>``, ``metrics/<rule>``
-    (share of samples that keep a rule), ``metrics/mauve``, and ``metrics/evaluations`` (network calls per sample).
-    ``metrics/entropy_data`` is the entropy of held-out rows: a perplexity bought with less than that is none.
-    ``metrics/entropy_corpus`` and ``metrics/entropy_corpus_data`` are of the counts over all samples or rows together.
-    Sample i has seed ``first_seed + i``, and the seeds are dealt out to the ranks, so the numbers do not depend on how
-    many ranks there are.
+    (share of samples that keep a rule, and ``metrics/<rule>_data`` of held-out rows), ``metrics/mauve``, and
+    ``metrics/evaluations`` (network calls per sample). ``metrics/entropy_data`` is the entropy of held-out rows: a
+    perplexity bought with less than that is none. ``metrics/entropy_corpus`` and ``metrics/entropy_corpus_data`` are of
+    the counts over all samples or rows together. Sample i has seed ``first_seed + i``, and the seeds are dealt out to
+    the ranks, so the numbers do not depend on how many ranks there are.
 
     Args:
         settings: keywords of the room's ``sample``; the experiment's ``sampling`` block.
@@ -132,10 +132,13 @@ class TextQuality(AtValidations):
         if self.scorer is not None:
             nats, count = self.scorer.score(texts, module.device)
             values[f"metrics/gen_ppl_{self.scorer.name}"] = float(torch.tensor(nats / max(1, count)).exp())
+        held_out: list[str] = [] if data is None else list(module.codec.decode(data))
         for name, rule in self.rules.items():
             values[f"metrics/{name}"] = sum(map(rule, texts)) / len(texts)
-        if self.mauve is not None and data is not None:
-            values["metrics/mauve"] = self._mauve(texts, list(module.codec.decode(data)))
+            if held_out:
+                values[f"metrics/{name}_data"] = sum(map(rule, held_out)) / len(held_out)
+        if self.mauve is not None and held_out:
+            values["metrics/mauve"] = self._mauve(texts, held_out)
         return values
 
     def _data(self, trainer: L.Trainer, module: GenerativeModule) -> Tensor | None:

@@ -1,6 +1,7 @@
 """Numbers about generated text that need no model: entropy, diversity, weights of perplexity, pass@k."""
 
 import ast
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 
@@ -106,6 +107,14 @@ def parses(source: str) -> bool:
         return bool(ast.parse(source).body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
+
+
+def lines_parse(source: str) -> bool:
+    """Whether a window of a program parses, less the lines it cuts, the first and the last, and less indentation.
+
+    Compare with the share of windows of real programs: statements that take several lines are still cut.
+    """
+    return parses(textwrap.dedent("\n".join(source.split("\n")[1:-1])))
 
 
 def repeats(text: str) -> bool:

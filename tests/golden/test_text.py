@@ -46,6 +46,15 @@ def test_parses():
     assert not text.parses("\0")
 
 
+def test_lines_parse():
+    window = "ed, it)\n        if self.x:\n            return 1\n        y = 2\n        retu"
+    assert not text.parses(window)
+    assert text.lines_parse(window)
+    assert not text.lines_parse(window.replace("y = 2", "y = "))
+    assert not text.lines_parse("x = 1\ny = 2")  # nothing whole inside
+    assert not text.lines_parse("")
+
+
 def test_rules():
     assert text.repeats("abab")
     assert not text.repeats("abba")

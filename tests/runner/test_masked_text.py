@@ -202,6 +202,8 @@ def test_ranks_that_need_different_numbers_of_calls_sample_together(tmp_path: Pa
     counted = [json.loads(line)["evaluations"] for line in table.read_text().splitlines()]
     logged = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     (mean,) = [row["value"] for row in logged if row["tag"] == "metrics/evaluations"]
+    (held_out,) = [row["value"] for row in logged if row["tag"] == "metrics/valid_data"]
+    assert held_out == 1.0
     assert len(set(counted)) > 1
     assert mean == pytest.approx(sum(counted) / 3)
 
