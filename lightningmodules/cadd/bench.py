@@ -101,7 +101,7 @@ def _against_baseline(bench: InTurn, args: argparse.Namespace, on: Cadd, off: Ca
     print(f"\n{'CADD':<28}{'CADD':>9}{'baseline':>10}{'ratio':>7}  goal")
     (ours, theirs), _ = bench(_step(on, batch), _step(off, batch))
     print(f"{'training step':<28}{ours:>9.4f}{theirs:>10.4f}{ours / theirs:>7.3f}  <= {MOST_STEP}")
-    for estimator in ("hard", "soft"):
+    for estimator in ESTIMATORS:
         (ours, theirs), _ = bench(
             _sampler(on, args, estimator=estimator, cache=False), _sampler(off, args, cache=False)
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 Estimator = Literal["hard", "soft", "sampled"]
 Path = Literal["vp", "flow"]
 LEAST = 1e-6  # of the noise share that is divided by
-PART, FEW_PARTS = 256, 4  # of a row in which a maximum is looked for, and how many make it worth while
+PART, FEW_PARTS = 256, 4  # of a row in which one place is looked for, and how many make it worth while
 
 
 class Step(NamedTuple):
@@ -167,10 +167,35 @@ def estimate(
         with torch.autocast(table.device.type, enabled=False):
             return probs @ table
     assert uniform is not None, "a sampled estimate needs draws"
-    cumulative = probs.double().cumsum(dim=-1)
-    drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(-1), right=True)
-    drawn = drawn.clamp(max=probs.shape[-1] - 1)
-    return table[(drawn if index is None else index.gather(1, drawn)).squeeze(-1)]
+    drawn = drawn_at(probs, uniform)
+    return table[drawn if index is None else index.gather(1, drawn.unsqueeze(1)).squeeze(1)]
+
+
+def drawn_at(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Place in every row of weights ``probs`` (N, V) that a draw ``uniform`` (N,) in [0, 1) leads to, (N,).
+
+    Never one of weight 0. Sums of parts are added up first, then the members of one part only: no float64 copy of all.
+    """
+    width = probs.shape[1]
+    if width < FEW_PARTS * PART:
+        return _reached(probs, uniform)[0]
+    sums = probs[:, : width // PART * PART].unflatten(1, (-1, PART)).sum(dim=2)
+    if width % PART:
+        sums = torch.cat([sums, probs[:, width // PART * PART :].sum(dim=1, keepdim=True)], dim=1)
+    part, within = _reached(sums, uniform)
+    places = part.unsqueeze(1) * PART + torch.arange(PART, device=probs.device)
+    members = probs.gather(1, places.clamp(max=width - 1)).masked_fill(places >= width, 0.0)
+    return part * PART + _reached(members, within)[0]
+
+
+def _reached(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Place (N,) in weights (N, K) that a draw (N,) leads to, and how far into it the draw goes, [0, 1) float64."""
+    ends = weights.cumsum(dim=1, dtype=torch.float64)
+    wanted = uniform.double().clamp(max=1.0 - 2.0**-52).unsqueeze(1) * ends[:, -1:]  # less than the end, rounded too
+    place = torch.searchsorted(ends, wanted, right=True)
+    size = weights.gather(1, place).double()
+    within = (wanted - ends.gather(1, place) + size) / size
+    return place.squeeze(1), within.squeeze(1).clamp(0.0, 1.0)
 
 
 def likeliest(log_probs: Tensor) -> Tensor:

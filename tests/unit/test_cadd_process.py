@@ -124,6 +124,23 @@ def test_estimates() -> None:
         assert guess.argmax() == token
 
 
+@pytest.mark.parametrize("width", [5, 768, 1024, 2100])
+def test_a_draw_leads_to_a_place_of_its_weight(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    weights = torch.rand(400, width, generator=generator) ** 8
+    weights[:, 0] = weights[:, -1] = 0.0
+    weights[0, 1:-3] = 0.0
+    uniform = torch.rand(400, generator=generator, dtype=torch.float64)
+    uniform[0] = uniform[1] = 1.0 - 2.0**-53
+    uniform[2] = 0.0
+    place = process.drawn_at(weights, uniform)
+    assert bool((weights.gather(1, place.unsqueeze(1)) > 0).all())
+    ends = (weights.double() / weights.double().sum(dim=1, keepdim=True)).cumsum(dim=1)
+    assert bool((ends.gather(1, place.unsqueeze(1)).squeeze(1) >= uniform - 1e-6).all())
+    before = ends.gather(1, (place - 1).unsqueeze(1)).squeeze(1)
+    assert bool((before <= uniform + 1e-6).all())
+
+
 @pytest.mark.parametrize("width", [5, 1023, 1024, 2100])
 def test_the_likeliest_is_the_first_of_the_largest(width: int) -> None:
     values = torch.randint(6, (40, width), generator=torch.Generator().manual_seed(width)).float()
