@@ -132,7 +132,9 @@ class TextQuality(AtValidations):
         if self.scorer is not None:
             nats, count = self.scorer.score(texts, module.device)
             values[f"metrics/gen_ppl_{self.scorer.name}"] = float(torch.tensor(nats / max(1, count)).exp())
-        held_out: list[str] = [] if data is None else list(module.codec.decode(data))
+        held_out: list[str] = []
+        if data is not None and (self.rules or self.mauve is not None):
+            held_out = list(module.codec.decode(data))
         for name, rule in self.rules.items():
             values[f"metrics/{name}"] = sum(map(rule, texts)) / len(texts)
             if held_out:

@@ -284,9 +284,10 @@ class Cadd(GenerativeModule):
         return cast(Tensor, batch["label"])
 
     def _check_labels(self, labels: Tensor) -> None:
-        if bool(((labels < -1) | (labels >= max(1, self.num_classes))).any()):
+        wrong = (labels < -1) | (labels >= max(1, self.num_classes))
+        if bool(wrong.any()):
             raise ValueError(
-                f"Label {int(labels.max())} came; the model has {self.num_classes} classes, 0 to"
+                f"Label {int(labels[wrong][0])} came; the model has {self.num_classes} classes, 0 to"
                 f" {self.num_classes - 1}, and -1 for none. Set module.net.num_classes or the labels."
             )
 
