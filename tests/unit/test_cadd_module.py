@@ -367,6 +367,9 @@ def test_mistakes_get_one_clear_message() -> None:
         room(latent="maybe")
     with pytest.raises(ValueError, match="needs labels"):
         room(net={"num_classes": 2}).loss(batch())
+    labels = torch.zeros(ROWS, dtype=torch.int64).index_fill_(0, torch.tensor([1]), -2)
+    with pytest.raises(ValueError, match="Label -2 came; the model has 2 classes"):
+        room(net={"num_classes": 2}).loss({**batch(), "label": labels})
     with pytest.raises(ValueError, match=r"remask=cap masks nothing again with sampling.remask_strength=0"):
         module.sample([0], remask="cap")
     with pytest.raises(ValueError, match=r"sampling.remask=cap: order=wino masks again by its own rule"):
