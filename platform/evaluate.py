@@ -82,7 +82,8 @@ def meters(
     """The callbacks that measure.
 
     Args:
-        cfg: of the run; ``callbacks.fid``, ``likelihood`` and ``quality`` say what is measured.
+        cfg: of the run; ``callbacks.fid``, ``likelihood`` and ``quality`` say what is measured. One that is asked for
+            and that the run was trained without is as the experiment has it.
         settings: keywords of the room's ``sample``.
         weights: kind to measure.
         n: samples, or None for the configured number.
@@ -93,26 +94,44 @@ def meters(
         ValueError: there are judges, but no texts; the configuration has none of the metrics; a judge is not there.
     """
     import hydra
-    from omegaconf import OmegaConf
 
-    plan = OmegaConf.to_container(cfg.callbacks, resolve=True)
-    assert isinstance(plan, dict)
+    plan = _callbacks(cfg)
+    named = {*(metrics or ()), *(["quality"] if judges else [])}
+    known = plan if named <= plan.keys() else _recipe(cfg) | plan  # trained without, as with callbacks.fid=null
     if judges:
-        if not plan.get("quality"):
+        if "quality" not in known:
             raise ValueError(
                 f"--{next(iter(judges))} judges texts, and {cfg.experiment} has no callbacks.quality that draws some."
                 " Leave it out."
             )
-        plan["quality"] = {**plan["quality"], **judges}
-    there = [name for name in METRICS_OF if plan.get(name)]
-    if absent := [name for name in metrics or () if name not in there]:
-        choice = f"measures {', '.join(there)}. Type some of these" if there else "measures only its loss. Leave it out"
+        plan["quality"] = known["quality"] = {**known["quality"], **judges}
+    if absent := [name for name in metrics or () if name not in known]:
+        there = ", ".join(name for name in METRICS_OF if name in known)
+        choice = f"measures {there}. Type some of these" if there else "measures only its loss. Leave it out"
         raise ValueError(f"--metrics {absent[0]}: {cfg.experiment} {choice}.")
-    chosen: list[Any] = [dict(plan[name]) for name in metrics or there]
+    wanted = metrics or [name for name in METRICS_OF if name in plan]
+    chosen: list[Any] = [dict(known[name]) for name in wanted]
     for entry in chosen:
         if "settings" in entry:
             entry |= {"settings": settings, "weights": [weights]} | ({"n": n} if n else {})
     return [hydra.utils.instantiate(entry, _convert_="all") for entry in chosen]
+
+
+def _callbacks(cfg: DictConfig) -> dict[str, Any]:
+    """The metrics among a configuration's callbacks that are not null."""
+    from omegaconf import OmegaConf
+
+    plan = OmegaConf.to_container(cfg.callbacks, resolve=True)
+    assert isinstance(plan, dict)
+    return {name: plan[name] for name in METRICS_OF if plan.get(name)}
+
+
+def _recipe(cfg: DictConfig) -> dict[str, Any]:
+    """Metrics of the run's experiment as its file has them today; none where there is no such file any more."""
+    try:
+        return _callbacks(configs.compose(cfg.experiment, [], tiny=cfg.tiny_run))
+    except ValueError:
+        return {}
 
 
 def measure(module: Any, cfg: DictConfig, callbacks: list[Any], file: Path) -> None:

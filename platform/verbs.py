@@ -255,7 +255,7 @@ def _evaluate(parser: Parser) -> None:
         "--metrics",
         type=lambda text: text.split(","),
         metavar="LIST",
-        help="which to measure, of fid, likelihood and quality (default: all that the experiment has)",
+        help="which to measure, of fid, likelihood and quality (default: those the run was trained with)",
     )
     parser.add_argument(
         "--scorer",

@@ -232,9 +232,15 @@ def test_metrics_the_run_does_not_have(runs: Path, answer: Ask) -> None:
     shutil.rmtree(run / "checkpoints")  # the request is judged before weights are looked for
     assert answer("evaluate", str(run), "--metrics", "quality") == (
         2,
-        "--metrics quality: quickstart measures only its loss. Leave it out.\n",
+        "--metrics quality: quickstart measures fid, likelihood. Type some of these.\n",
     )
     assert answer("evaluate", str(run), "--scorer", "gpt2").message.startswith("--scorer judges texts")
+
+
+def test_metrics_the_run_was_trained_without(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``callbacks.fid=null`` saves time while training; the experiment still says how its distance is measured."""
+    assert cli.main(["evaluate", str(runs / "quickstart-tiny"), "--metrics", "fid", "--n", "8"]) == 0
+    assert "metrics/fd_digits" in capsys.readouterr().out
 
 
 def test_weights_the_run_does_not_have(finished: Path, answer: Ask) -> None:
