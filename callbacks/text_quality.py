@@ -1,7 +1,9 @@
 """How good generated text is: entropy, diversity, perplexity under another model, and whether code parses."""
 
 import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -10,12 +12,13 @@ from torch import Tensor
 
 from callbacks.features.scorer import Scorer
 from callbacks.features.text import distinct, unigram_entropy
-from callbacks.records import scalars
+from callbacks.records import scalars, warn_once
 from callbacks.sampling import guidance_of, plain, shares
 from callbacks.validations import AtValidations
 from lightningmodules.base import GenerativeModule
 
 GRAMS = (1, 2, 3, 4)
+ENOUGH = 1000  # texts below which MAUVE says little
 
 
 class TextQuality(AtValidations):
@@ -43,7 +46,7 @@ class TextQuality(AtValidations):
         chunk: samples per call of the network.
 
     Raises:
-        ValueError: MAUVE is asked for, but not installed.
+        ValueError: MAUVE is asked for, but it is not installed or the folder is not one it knows how to use.
     """
 
     def __init__(
@@ -60,15 +63,13 @@ class TextQuality(AtValidations):
         chunk: int = 64,
     ) -> None:
         super().__init__()
-        if mauve is not None and importlib.util.find_spec("mauve") is None:
-            raise ValueError(
-                "callbacks.quality.mauve needs a package, the extra mauve. Type: pip install mauve-text, or set it to"
-                " null."
-            )
+        if mauve is not None:
+            _check_mauve(mauve)
         self.settings: dict[str, Any] = plain(settings or {})
         self.n, self.every, self.weights, self.scorer = n, every, tuple(weights), scorer
         self.rules = dict(rules or {})
-        self.mauve, self.first_seed, self.chunk = mauve, first_seed, chunk
+        self.mauve = None if mauve is None else str(Path(mauve).expanduser())
+        self.first_seed, self.chunk = first_seed, chunk
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check before anything is trained."""
@@ -130,8 +131,9 @@ class TextQuality(AtValidations):
         for n in GRAMS:
             values[f"metrics/distinct_{n}"], values[f"metrics/distinct_{n}_mean"] = distinct(rows, n)
         if self.scorer is not None:
-            nats, count = self.scorer.score(texts, module.device)
-            values[f"metrics/gen_ppl_{self.scorer.name}"] = float(torch.tensor(nats / max(1, count)).exp())
+            nats, count = self.scorer.score([_documents(module.codec, row) for row in rows], module.device)
+            mean = torch.tensor(nats / count if count else math.nan)  # empty texts have none, least of all the best
+            values[f"metrics/gen_ppl_{self.scorer.name}"] = float(mean.exp())
         held_out: list[str] = []
         if data is not None and (self.rules or self.mauve is not None):
             held_out = list(module.codec.decode(data))
@@ -139,27 +141,37 @@ class TextQuality(AtValidations):
             values[f"metrics/{name}"] = sum(map(rule, texts)) / len(texts)
             if held_out:
                 values[f"metrics/{name}_data"] = sum(map(rule, held_out)) / len(held_out)
-        if self.mauve is not None and held_out:
-            values["metrics/mauve"] = self._mauve(texts, held_out)
+        if self.mauve is not None and not held_out:
+            warn_once(
+                "mauve rows",
+                "metrics/mauve: no held-out row is full, so there is nothing to compare with. Lower data.length.",
+            )
+        elif self.mauve is not None:
+            values["metrics/mauve"] = self._mauve(texts, held_out, module.device)
         return values
 
     def _data(self, trainer: L.Trainer, module: GenerativeModule) -> Tensor | None:
-        """As many held-out rows as there are samples, where there are so many; this rank's share stands for all."""
+        """As many full held-out rows as there are samples, or all there are; this rank's share stands for all."""
         parts, count = [], 0
         for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
-            if "valid" in batch and not bool(batch["valid"].all()):
-                return None  # padding would count as a token
-            parts.append(module.codec.encode(batch).cpu())
-            count += len(parts[-1])
+            found = module.codec.encode(batch).cpu()
+            if "valid" in batch:
+                found = found[batch["valid"].all(dim=1).cpu()]  # padding would count as a token
+            parts.append(found)
+            count += len(found)
             if count >= self.n:
                 break
-        return torch.cat(parts)[: self.n] if parts else None
+        return torch.cat(parts)[: self.n] if count else None
 
-    def _mauve(self, texts: list[str], data: list[str]) -> float:
+    def _mauve(self, texts: list[str], data: list[str], device: torch.device) -> float:
         import mauve
 
+        if min(len(texts), len(data)) < ENOUGH:
+            few = f"{len(texts)} samples and {len(data)} held-out rows"
+            warn_once("mauve size", f"metrics/mauve of {few} is rough; papers take 5,000. Raise n.")
+        number = -1 if device.type != "cuda" else device.index or 0
         result = mauve.compute_mauve(
-            p_text=data, q_text=texts, featurize_model_name=self.mauve, device_id=-1, seed=25, verbose=False
+            p_text=data, q_text=texts, featurize_model_name=self.mauve, device_id=number, seed=25, verbose=False
         )
         return float(result.mauve)
 
@@ -173,6 +185,35 @@ class TextQuality(AtValidations):
             "seeds": f"{self.first_seed}-{self.first_seed + self.n - 1}",
             "scorer": scorer,
         }
+
+
+def _check_mauve(folder: str) -> None:
+    if importlib.util.find_spec("mauve") is None:
+        raise ValueError(
+            "callbacks.quality.mauve needs a package, the extra mauve. Type: pip install mauve-text, or set it to null."
+        )
+    if not (Path(folder).expanduser() / "config.json").is_file():
+        raise ValueError(
+            f"callbacks.quality.mauve={folder}: expected a folder with config.json, the weights and the tokenizer of a"
+            " language model, e.g. a copy of gpt2-large; nothing is downloaded. Copy it there, or set it to null."
+        )
+    if not any(kind in folder for kind in ("gpt2", "bert")):  # the package decides by the name how to read a model
+        raise ValueError(
+            f"callbacks.quality.mauve={folder}: the package mauve takes models whose path says gpt2 or bert. Rename the"
+            " folder, e.g. gpt2-large."
+        )
+
+
+def _documents(codec: Any, row: list[int]) -> list[str]:
+    """Texts between the marks of a row, in which the codec's text would run into one another."""
+    marks = {getattr(codec.tokenizer, name) for name in ("bos", "eos", "pad")}
+    parts: list[list[int]] = [[]]
+    for token in row:
+        if token not in marks:
+            parts[-1].append(token)
+        elif parts[-1]:
+            parts.append([])
+    return [str(codec.tokenizer.decode(part)) for part in parts if part]
 
 
 def _entropies(tokens: Tensor, suffix: str) -> dict[str, float]:

@@ -29,8 +29,13 @@ class Scorer(Protocol):
     name: str
     digest: str
 
-    def score(self, texts: Sequence[str], device: torch.device) -> tuple[float, int]:
-        """Sum of nats over all counted tokens, and their number."""
+    def score(self, samples: Sequence[Sequence[str]], device: torch.device) -> tuple[float, int]:
+        """Sum of nats over all counted tokens, and their number.
+
+        Args:
+            samples: of every sample the texts between its marks; the scorer puts its own end-of-text between them.
+            device: where the model runs.
+        """
         ...
 
 
@@ -68,14 +73,15 @@ class Pretrained:
         self._loaded: tuple[nn.Module, Any] | None = None
 
     @torch.no_grad()
-    def score(self, texts: Sequence[str], device: torch.device) -> tuple[float, int]:
-        """Sum of nats over all counted tokens, and their number."""
+    def score(self, samples: Sequence[Sequence[str]], device: torch.device) -> tuple[float, int]:
+        """Sum of nats over all counted tokens, and their number; see ``Scorer``."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         if self._loaded is None:
             model = pretrained.load(AutoModelForCausalLM, self.folder)
             self._loaded = model, AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
         model, tokenizer = self._loaded[0].to(device), self._loaded[1]
+        texts = [(tokenizer.eos_token or "").join(parts) for parts in samples]
         rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         pieces = [row[at : at + self.length] for row in rows for at in range(0, len(row), self.length)]
         nats, count = 0.0, 0
@@ -115,18 +121,26 @@ class Trained:
         self._net: nn.Module | None = None
 
     @torch.no_grad()
-    def score(self, texts: Sequence[str], device: torch.device) -> tuple[float, int]:
-        """Sum of nats over all tokens, the first one included, and their number."""
+    def score(self, samples: Sequence[Sequence[str]], device: torch.device) -> tuple[float, int]:
+        """Sum of nats over all tokens, the first one included, and their number; see ``Scorer``."""
         net = (self._net or self._load()).to(device)
         self._net = net
         length = int(getattr(net, "length"))  # noqa: B009 - an attribute, not a submodule
-        rows = [self.tokenizer.encode(text).tolist() for text in texts]
+        rows = [self._joined(parts) for parts in samples]
         pieces = [row[at : at + length] for row in rows for at in range(0, len(row), length)]
         nats, count = 0.0, 0
         for tokens, valid in _padded([piece for piece in pieces if piece], self.batch):
             nats += float((_nats(net(tokens.to(device)), tokens) * valid).sum())
             count += int(valid.sum())
         return nats, count
+
+    def _joined(self, parts: Sequence[str]) -> list[int]:
+        """Tokens of texts with this tokenizer's end-of-text between them, where it has one."""
+        between = [] if self.tokenizer.eos is None else [self.tokenizer.eos]
+        row: list[int] = []
+        for number, part in enumerate(parts):
+            row += (between if number else []) + self.tokenizer.encode(part).tolist()
+        return row
 
     def _load(self) -> nn.Module:
         from safetensors.torch import load_file

@@ -48,8 +48,8 @@ class Cadd(GenerativeModule):
         gamma: share of the latent's signal left over time; null is 1 - t.
         weight: of the cross-entropy: "elbo", -alpha' / (1 - alpha), or "uniform".
         mse_coef: weight of the squared error of the soft estimate, in units of the cross-entropy's; >= 0.
-        time_conditioning: tell the network the noise level; auto: with a latent (by a new path that starts at zero if
-            ``latent_gate`` is set), not without.
+        time_conditioning: tell the network the noise level (an adapted one by a new path that starts at zero); auto:
+            with a latent (by such a path if ``latent_gate`` is set), not without.
         discrete_steps: T of MDLM's discrete time; 0 for continuous time.
         time_eps: least time in training, in [0, 1).
         label_drop: probability with which a label is replaced by "no class" in training, 0..1.
@@ -103,7 +103,8 @@ class Cadd(GenerativeModule):
         self.alpha, self.gamma = alpha or masking.LogLinear(0.0), gamma or masking.LogLinear(0.0)
         self.weight, self.mse_coef, self.discrete_steps = weight, mse_coef, discrete_steps
         self.timed = self.latent == "on" if time_conditioning == "auto" else bool(time_conditioning)
-        self.added_time = time_conditioning == "auto" and self.timed and self.latent_gate is not None
+        adds = time_conditioning == "auto" and self.latent_gate is not None
+        self.added_time = self.timed and (adds or getattr(getattr(net, "func", net), "shifted", False))
         self.time_eps, self.label_drop, self.start = time_eps, label_drop, start
         self._net, given = net, getattr(net, "keywords", {})
         for name, ours in (("latent_gate", "latent_gate"), ("added_time", "time_conditioning")):
@@ -183,7 +184,7 @@ class Cadd(GenerativeModule):
         at = masked.flatten().nonzero().squeeze(1)
         row, targets = at // x0.shape[1], x0.flatten()[at]
         hidden, condition, clean = self._encode(batch, x0, masked, at, t, labels, None)
-        weight = self._weight(t).float()[row] / eligible.sum()
+        weight = self._weight(t).float()[row] / eligible.sum().clamp(min=1)
         if self.mse_coef:
             logits = self.net.logits(hidden, condition, at, self.codec.mask_id).float()
             ce = F.cross_entropy(logits, targets, reduction="none")
@@ -212,7 +213,7 @@ class Cadd(GenerativeModule):
         """
         tokens = masking.corrupt(x0, masked, self.codec.mask_id)
         condition = self.net.condition(noise_level(self.alpha, t) if self.timed else None, labels)
-        where = layout(batch)
+        where = layout(batch, self.net)
         embedded, clean = self.net.embed(tokens), None
         if self.latent == "on":
             clean = self.latent_rows(x0.flatten()[at])
@@ -263,7 +264,8 @@ class Cadd(GenerativeModule):
         eligible: Tensor = batch["valid"] if "valid" in batch else torch.ones_like(x0, dtype=torch.bool)
         if "given" in batch:
             eligible = eligible & ~batch["given"]
-        if not bool(eligible.any(dim=1).all()):
+        lossy = getattr(getattr(self._trainer, "datamodule", None), "max_bad_fraction", 0.0)
+        if not lossy and not bool(eligible.any(dim=1).all()):  # else lost documents leave rows without a token
             row = int((~eligible.any(dim=1)).nonzero()[0])
             key = batch["key"][row] if "key" in batch else f"row {row}"
             raise ValueError(

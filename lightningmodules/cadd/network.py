@@ -140,13 +140,29 @@ class CaddNet(Fused, TokenTransformer):
         return super().condition(None, labels) + added
 
 
-def layout(batch: Batch) -> dict[str, Tensor | None]:
+def layout(batch: Batch, net: Fused) -> dict[str, Tensor | None]:
     """Keywords of ``TokenTransformer.trunk`` for rows that hold several documents, or padding.
 
     Args:
         batch: ``document`` (B, L) int and ``position`` (B, L), or ``valid`` (B, L) bool; all optional.
+        net: the network that will read them.
+
+    Raises:
+        ValueError: the network cannot read rows of several documents.
     """
     if "document" in batch:
+        if net.shifted or getattr(net, "position_embed", None) is not None:
+            why = (
+                "a network adapted from a causal model predicts a token at the position before it, which at the start"
+                " of a document is another's"
+                if net.shifted
+                else "a row per position (module.net.learned_positions) is learnt for places in a row, and places in a"
+                " document may lie beyond it"
+            )
+            raise ValueError(
+                f"The rows keep their documents apart (data.documents, or data.mode=pack), and {why}. Type"
+                " data.documents=false."
+            )
         return {"positions": batch.get("position"), "mask": document_mask(batch["document"])}
     valid = batch.get("valid")
     if valid is None or bool(valid.all()):

@@ -44,6 +44,8 @@ class LatentMotion:
             raise ValueError(f"sampling.estimator={self.estimator!r}: expected hard, soft or sampled.")
         if self.temperature <= 0:
             raise ValueError(f"sampling.latent_temperature={self.temperature}: expected > 0; 1 is the model's own.")
+        if self.top_k < 0:
+            raise ValueError(f"sampling.latent_top_k={self.top_k}: expected a number of tokens >= 0; 0 is off.")
         if self.particles < 1:
             raise ValueError(f"sampling.latents={self.particles}: expected at least one latent per sequence.")
         if not 0 <= self.eta <= 1:
@@ -68,6 +70,9 @@ class Denoiser:
         guidance: weight w of uncond + w (cond - uncond) on log-probabilities; 1 is off.
         prompt: (n, L) bool, positions hidden from the unconditional prediction where it is the prompt that guides;
             None where the class does.
+
+    Raises:
+        ValueError: nothing is there that could guide.
     """
 
     def __init__(
@@ -87,6 +92,11 @@ class Denoiser:
         guidance: float = 1.0,
         prompt: Tensor | None = None,
     ) -> None:
+        if guidance != 1.0 and labels is None and prompt is None:
+            raise ValueError(
+                f"sampling.guidance={guidance:g}: there is neither a class nor a prompt that could guide. Give one, or"
+                " leave guidance out."
+            )
         self.net, self.mask_id, self.schedule, self.gamma, self.noise = net, mask_id, schedule, gamma, noise
         self.latent, self.motion, self.timed = latent, motion or LatentMotion(), timed
         self.labels, self.guidance, self.prompt = labels, guidance, prompt

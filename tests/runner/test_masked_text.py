@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from callbacks import text_quality
+from callbacks.features.scorer import Trained
 from callbacks.sampling import prompted
-from datamodules.tokenizers import Characters
+from datamodules.tokenizers import Bytes, Characters
 from datamodules.writer import DatasetWriter
 from lightningmodules.cadd.network import CaddNet
+from lightningmodules.shared.codecs import Tokens
 from platform import cli, config
 from platform.assemble import blueprint
 from platform.runs import METRICS, load_module
@@ -81,6 +83,40 @@ def test_outer_spaces_of_a_prompt_stay() -> None:
 def test_entropy_of_samples_by_themselves_and_together() -> None:
     found = text_quality._entropies(torch.tensor([[1, 1, 1], [4, 4, 4]]), "")
     assert found == {"metrics/entropy": 0.0, "metrics/entropy_corpus": pytest.approx(math.log(2))}
+
+
+def test_a_sample_is_scored_document_by_document() -> None:
+    tokenizer = Bytes()
+    assert tokenizer.eos == 256
+    row = [256, *b"one", 256, 256, *b"two"]
+    assert text_quality._documents(SimpleNamespace(tokenizer=tokenizer), row) == ["one", "two"]
+    scorer = SimpleNamespace(tokenizer=tokenizer)
+    assert Trained._joined(scorer, ["one", "two"]) == [*b"one", 256, *b"two"]  # type: ignore[arg-type]
+    letters = SimpleNamespace(tokenizer=Characters(normalise="text8", eos=False))
+    assert len(Trained._joined(letters, ["one", "two"])) == 6  # type: ignore[arg-type]
+
+
+def test_texts_without_a_token_have_no_perplexity() -> None:
+    """Not the best one."""
+    quality = text_quality.TextQuality(n=2, scorer=SimpleNamespace(name="s", score=lambda samples, device: (0.0, 0)))  # type: ignore[arg-type]
+    codec = Tokens(Bytes(), 3)
+    module = SimpleNamespace(codec=codec, device=torch.device("cpu"))
+    rows = [{"tokens": torch.tensor([[1, 2, 3], [4, 4, 4]]), "valid": torch.tensor([[True] * 3, [True, True, False]])}]
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(val_dataloader=lambda: rows))
+    found = quality._values(trainer, module, torch.full((2, 3), 256))  # type: ignore[arg-type]
+    assert math.isnan(found["metrics/gen_ppl_s"])
+    assert found["metrics/entropy_data"] == pytest.approx(math.log(3))  # of the full row alone
+
+
+def test_mauve_wants_a_model_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_quality.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(ValueError, match="expected a folder with config"):
+        text_quality.TextQuality(mauve="gpt2-large")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    if not any(kind in str(tmp_path) for kind in ("gpt2", "bert")):
+        with pytest.raises(ValueError, match="says gpt2 or bert"):
+            text_quality.TextQuality(mauve=str(tmp_path / "model"))
 
 
 # ---- the authors' checkpoints ----

@@ -118,6 +118,17 @@ def test_a_latent_continues_the_model_exactly_and_learns(official: Any, folder: 
     assert rows.max() < V - 1
     with pytest.raises(ValueError, match=r"sampling\.order=wino needs predictions at the tokens' own positions"):
         module.sample([0], order="wino")
+    with pytest.raises(ValueError, match=r"at the position before it.*Type data.documents=false"):
+        module.loss(batch | {"document": torch.zeros(3, L, dtype=torch.int64)})
+
+
+def test_time_reaches_a_network_that_has_no_path_for_it() -> None:
+    for switch in (True, "auto"):
+        net = room(None, latent="on", time_conditioning=switch).net
+        assert net.time_map is not None
+        torch.nn.init.ones_(net.time_map.weight)
+        assert (net.condition(torch.tensor([0.5])) != 0).any()
+    assert room(None, latent="on", time_conditioning=False).net.time_map is None
 
 
 def test_recomputation_changes_no_gradient() -> None:

@@ -376,3 +376,25 @@ def test_mistakes_get_one_clear_message() -> None:
         module.sample([0], order="wino", remask="cap", remask_strength=0.1)
     with pytest.raises(ValueError, match="estimator='firm'"):
         module.sample([0], estimator="firm")
+    with pytest.raises(ValueError, match=r"sampling.latent_top_k=-1: expected a number of tokens >= 0"):
+        module.sample([0], latent_top_k=-1)
+    with pytest.raises(ValueError, match=r"sampling.guidance=2: there is neither a class nor a prompt"):
+        module.sample([0], guidance=2.0)
+    apart = {"document": torch.zeros(ROWS, L, dtype=torch.int64), "position": torch.arange(L).expand(ROWS, L)}
+    with pytest.raises(
+        ValueError, match=r"learned_positions\) is learnt for places in a row.*Type data.documents=false"
+    ):
+        room(net={"learned_positions": True}).loss(batch() | apart)
+
+
+def test_rows_of_lost_documents_count_for_nothing_where_losses_are_accepted() -> None:
+    """A damaged document may fill whole rows; the run goes on with the others, and with none it stands still."""
+    module, lost = room(latent="off"), batch()
+    lost["valid"][2] = False
+    module.trainer = SimpleNamespace(datamodule=SimpleNamespace(max_bad_fraction=0.1))  # type: ignore[assignment]
+    assert value(module, lost) > 0
+    bound = module.bound(lost, seeds=range(ROWS)).log_likelihood()
+    assert bound[2] == 0
+    assert (bound[[0, 1, 3]] < 0).all()
+    lost["valid"][:] = False
+    assert value(module, lost) == 0

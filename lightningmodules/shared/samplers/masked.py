@@ -135,7 +135,8 @@ class Plan:
 
     Attributes:
         schedule: of the masking; it says how many positions are masked at a time.
-        steps: time steps altogether, >= 1, split evenly over the blocks.
+        steps: time steps altogether, >= 1, split evenly over the blocks, those that are wholly given included: rows of
+            a batch may be given different parts, and each is drawn as if it were alone.
         order: "ancestral" flips every position by itself, as the reverse process does; the others reveal a fixed number
             per step: at random, or by the largest probability, the largest margin between the two largest, or the least
             entropy.
@@ -365,6 +366,8 @@ class Drafter(Predictor, Protocol):
 @dataclass(frozen=True)
 class Wino:
     """Draft wide, verify narrow: reveal many tokens, and take back those that the others make unlikely.
+
+    An evaluation reads the row and a twin of every slot of its block, L + W positions instead of L.
 
     Attributes:
         schedule: of the masking; the time of a row is read from its masked share.
