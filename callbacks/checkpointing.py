@@ -71,10 +71,13 @@ class Schedule(Checkpoint):
         self._last_saved = pl_module.updates
         if self._validation_owed:
             self._validate(trainer, pl_module)
+            if self._validation_owed:  # cut short again: no update may come before it, and the checkpoint still owes it
+                self._stop(trainer, interrupted=True)
+                return
             self._last_saved = -1
         if self._only_validate:
             self._checkpoint(pl_module.updates, needed=True)
-            self._stop(trainer, interrupted=self._validation_owed)
+            self._stop(trainer, interrupted=False)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

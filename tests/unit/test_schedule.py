@@ -49,6 +49,18 @@ def test_validation_cut_short_is_repeated_and_its_step_saved(tmp_path: Path) -> 
     assert [entry[:2] for entry in logged] == [("val", 5), ("train", 6), ("val", 6)]
 
 
+@pytest.mark.parametrize("stop_at", [5, 12], ids=["in the middle", "at the last update"])
+def test_owed_validation_cut_short_is_owed_still(whole: tuple[toy.Toy, list], tmp_path: Path, stop_at: int) -> None:
+    _, logged = whole
+    _, _, before = toy.fit(tmp_path, accumulation=2, stop_at=stop_at)
+    room, plan, between = toy.fit(tmp_path, accumulation=2, stop_at=stop_at, polls=2)
+    assert plan.interrupted
+    assert (room.updates, between) == (stop_at, [])
+    _, plan, after = toy.fit(tmp_path, accumulation=2)
+    assert not plan.interrupted
+    assert before + after == logged
+
+
 def test_continuing_with_other_accumulation_uses_the_same_samples(tmp_path: Path) -> None:
     toy.fit(tmp_path, steps=4, accumulation=2)
     room, _, _ = toy.fit(tmp_path, steps=8, accumulation=4)
