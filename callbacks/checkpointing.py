@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
+from callbacks.validations import AtValidations
 from lightningmodules.base import GenerativeModule
 
 
@@ -135,3 +136,7 @@ class Schedule(Checkpoint):
         self._validation_owed = module.stop_requested()
         if not self._validation_owed:
             self._last_validated = module.updates
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, AtValidations):
+                callback.forget(module.updates)

@@ -11,7 +11,8 @@ class AtValidations(L.Callback):
     """A callback with expensive work at validations; subclasses implement :meth:`at_validation`.
 
     Validations are counted over the whole life of a run, so that a continued run does the same work at the same steps.
-    One that a stop cuts short is not counted and happens again; one that was finished before a resume does not.
+    One that a stop cuts short is not counted and happens again, also in callbacks that had finished theirs, as its rows
+    are dropped when the run continues; one that was finished before a resume does not.
     """
 
     def __init__(self) -> None:
@@ -41,6 +42,11 @@ class AtValidations(L.Callback):
             return
         if self.at_validation(trainer, pl_module):
             self._shown, self._done = self._shown + 1, pl_module.updates
+
+    def forget(self, step: int) -> None:
+        """Count the validation of this step no longer: it was cut short, and all of it happens again."""
+        if self._done == step:
+            self._shown, self._done = self._shown - 1, -1
 
     def state_dict(self) -> dict[str, Any]:
         """Which validation comes next."""

@@ -115,7 +115,13 @@ class Average(L.Callback):
 
 
 def fit(
-    folder: Path, *, steps: int = 12, stop_at: int = 0, polls: int = 1, accumulation: int = 1, **schedule: Any
+    folder: Path,
+    *callbacks: L.Callback,
+    steps: int = 12,
+    stop_at: int = 0,
+    polls: int = 1,
+    accumulation: int = 1,
+    **schedule: Any,
 ) -> tuple[Toy, Schedule, list[Any]]:
     """Train the toy; continue from the newest checkpoint of ``folder`` if there is one.
 
@@ -153,7 +159,7 @@ def fit(
             num_sanity_val_steps=0,
             logger=False,
             log_every_n_steps=1,
-            callbacks=[Average(), plan],
+            callbacks=[Average(), *callbacks, plan],
             use_distributed_sampler=False,
             enable_progress_bar=False,
             enable_model_summary=False,

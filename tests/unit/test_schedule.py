@@ -3,9 +3,12 @@
 import shutil
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
+from callbacks.validations import AtValidations
+from lightningmodules.base import GenerativeModule
 from platform.strategy import what_is_wrong
 from tests import toy
 
@@ -59,6 +62,27 @@ def test_owed_validation_cut_short_is_owed_still(whole: tuple[toy.Toy, list], tm
     _, plan, after = toy.fit(tmp_path, accumulation=2)
     assert not plan.interrupted
     assert before + after == logged
+
+
+class Count(AtValidations):
+    """Notes at which validation, of which step, it worked, and whether work of every fifth validation was due."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.worked: list[tuple[int, int, bool]] = []
+
+    def at_validation(self, trainer: L.Trainer, module: GenerativeModule) -> bool:
+        self.worked.append((self._shown, module.updates, self.due(trainer, module, 5)))
+        return True
+
+
+def test_stop_during_validation_repeats_what_callbacks_had_finished(tmp_path: Path) -> None:
+    """Its rows are dropped when the run continues, so nobody else would write them again."""
+    first, second = Count(), Count()
+    toy.fit(tmp_path, first, stop_at=10, polls=5)
+    assert [entry[:2] for entry in first.worked] == [(0, 5), (1, 10)]
+    toy.fit(tmp_path, second)
+    assert [entry[:2] for entry in second.worked] == [(1, 10), (2, 12)]
 
 
 def test_continuing_with_other_accumulation_uses_the_same_samples(tmp_path: Path) -> None:
