@@ -50,7 +50,7 @@ class Schedule(Checkpoint):
         self._saved_at = time.monotonic()
         self._last_saved = -1
         self._last_validated = -1
-        self._only_validate = False
+        self._length: int | None = None  # of a run that is restored at its end, where only a validation is left
         self._validation_owed = False  # restored: the checkpoint was taken before its validation could finish
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,21 +62,23 @@ class Schedule(Checkpoint):
         self._validation_owed = checkpoint["callbacks"][self.state_key]["validation_owed"]
         updates = checkpoint["counters"]["updates"]
         if self._validation_owed and updates >= trainer.max_steps:
+            self._length = trainer.max_steps
             trainer.fit_loop.epoch_loop.max_steps = updates + 1  # otherwise Lightning has nothing left to start
-            self._only_validate = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pay an owed validation before the first update."""
         assert isinstance(pl_module, GenerativeModule)
         self._saved_at = time.monotonic()
         self._last_saved = pl_module.updates
+        if self._length is not None:  # Lightning has started, and callbacks must see that this validation is the last
+            trainer.fit_loop.epoch_loop.max_steps = self._length
         if self._validation_owed:
             self._validate(trainer, pl_module)
             if self._validation_owed:  # cut short again: no update may come before it, and the checkpoint still owes it
                 self._stop(trainer, interrupted=True)
                 return
             self._last_saved = -1
-        if self._only_validate:
+        if self._length is not None:
             self._checkpoint(pl_module.updates, needed=True)
             self._stop(trainer, interrupted=False)
 

@@ -85,6 +85,17 @@ def test_stop_during_validation_repeats_what_callbacks_had_finished(tmp_path: Pa
     assert [entry[:2] for entry in second.worked] == [(1, 10), (2, 12)]
 
 
+def test_owed_last_validation_measures_as_the_last(tmp_path: Path) -> None:
+    whole, owed = Count(), Count()
+    toy.fit(tmp_path / "whole", whole)
+    assert whole.worked == [(0, 5, True), (1, 10, False), (2, 12, True)]
+    toy.fit(tmp_path / "cut", Count(), stop_at=12)
+    room, plan, _ = toy.fit(tmp_path / "cut", owed)
+    assert owed.worked == whole.worked[-1:]
+    assert not plan.interrupted
+    assert room.trainer.max_steps == room.updates == 12
+
+
 def test_continuing_with_other_accumulation_uses_the_same_samples(tmp_path: Path) -> None:
     toy.fit(tmp_path, steps=4, accumulation=2)
     room, _, _ = toy.fit(tmp_path, steps=8, accumulation=4)
