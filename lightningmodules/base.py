@@ -144,6 +144,13 @@ class GenerativeModule(L.LightningModule):
         curve = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": curve, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Put the learning rate on the curve of today's length; a checkpoint brings that of the length it had then."""
+        for entry in self.trainer.lr_scheduler_configs:
+            curve: Any = entry.scheduler
+            for group, base, factor in zip(curve.optimizer.param_groups, curve.base_lrs, curve.lr_lambdas, strict=True):
+                group["lr"] = base * factor(curve.last_epoch)
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -100,6 +101,21 @@ def test_continuing_with_other_accumulation_uses_the_same_samples(tmp_path: Path
     toy.fit(tmp_path, steps=4, accumulation=2)
     room, _, _ = toy.fit(tmp_path, steps=8, accumulation=4)
     assert (room.updates, room.samples_seen, room.trainer.global_step) == (8, 64, 8)
+
+
+def test_run_made_longer_is_on_the_longer_curve_from_its_first_update(tmp_path: Path) -> None:
+    class Rates(L.Callback):
+        def __init__(self) -> None:
+            self.used: list[float] = []
+
+        def on_train_batch_start(self, trainer: L.Trainer, *rest: Any) -> None:
+            self.used.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    whole, longer = Rates(), Rates()
+    toy.fit(tmp_path / "whole", whole, steps=8)
+    toy.fit(tmp_path / "made longer", steps=4)
+    toy.fit(tmp_path / "made longer", longer, steps=8)
+    assert longer.used == whole.used[4:]
 
 
 def test_checkpoints_at_interval_milestone_and_end(tmp_path: Path) -> None:
