@@ -80,6 +80,21 @@ def check_machine(cfg: DictConfig) -> None:
         )
 
 
+def check_averages(cfg: DictConfig) -> None:
+    """Refuse averages that nothing would move: they would stay at the initial weights and be measured as ``ema``.
+
+    Raises:
+        ValueError: the module keeps averages, and the callback that moves them is off.
+    """
+    decays = cfg.module.get("ema_decays")
+    if decays and cfg.callbacks.get("ema") is None:
+        raise ValueError(
+            f"callbacks.ema=null with module.ema_decays={list(decays)}: expected the callback, which moves the"
+            " averages, or no averages; otherwise they stay at the untrained weights. Type module.ema_decays=[] as"
+            " well, or leave callbacks.ema=null out."
+        )
+
+
 def data(cfg: DictConfig) -> Any:
     """The data module with its shards made and checked: everything that can be wrong with data shows here."""
     datamodule = hydra.utils.instantiate(cfg.data, _convert_="all")

@@ -36,6 +36,7 @@ def fit(cfg: DictConfig) -> int:
     from platform.stopping import leave_with_parent
 
     assemble.check_machine(cfg)
+    assemble.check_averages(cfg)
     run = Run(Path(cfg.runs) / configs.run_name(cfg, cfg.experiment))
     rank = rank_of_process()
     writer = rank == 0

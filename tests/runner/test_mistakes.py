@@ -309,6 +309,17 @@ def test_values_out_of_range(tmp_path: Path, answer: Ask, typed: str, message: s
     assert not list(tmp_path.iterdir())
 
 
+def test_averages_that_nothing_moves(tmp_path: Path, answer: Ask) -> None:
+    assert answer.fit(tmp_path, "callbacks.ema=null") == (
+        2,
+        "callbacks.ema=null with module.ema_decays=[0.998]: expected the callback, which moves the averages, or no"
+        " averages; otherwise they stay at the untrained weights. Type module.ema_decays=[] as well, or leave"
+        " callbacks.ema=null out.\n",
+    )
+    assert not list(tmp_path.iterdir())
+    assert answer.fit(tmp_path, "callbacks.ema=null", "module.ema_decays=[]").code == 0
+
+
 def test_disk_full_while_writing_logs(tmp_path: Path, answer: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
