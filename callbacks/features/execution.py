@@ -68,7 +68,9 @@ def run(source: str, *, timeout_sec: float = 5.0, memory_mib: int = 1024) -> Out
     """
     with tempfile.TemporaryDirectory(prefix="program-") as folder:
         receipt, written = os.pipe()
-        command = [sys.executable, "-I", "-B", str(_CHILD), str(max(1, round(timeout_sec + 1))), str(memory_mib)]
+        # not -I, which would ignore PYTHONHASHSEED: what hangs on the order of a set must come out the same each time
+        options = ["-s", "-P", "-B"]
+        command = [sys.executable, *options, str(_CHILD), str(max(1, round(timeout_sec + 1))), str(memory_mib)]
         process = subprocess.Popen(
             [*command, str(written)],
             cwd=folder,

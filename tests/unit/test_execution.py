@@ -26,6 +26,11 @@ def test_leaving_early_does_not_count():
         assert outcome(f"{way}\nassert False") == FAILED
 
 
+def test_the_order_of_a_set_is_the_same_each_time():
+    assert outcome("import sys\nassert not sys.flags.hash_randomization") == PASSED
+    assert outcome("import sys\nassert sys.flags.safe_path and sys.flags.no_user_site") == PASSED
+
+
 def test_a_program_without_end_is_killed():
     begin = time.monotonic()
     assert outcome("while True: pass", timeout_sec=1.0) == TIMED_OUT
