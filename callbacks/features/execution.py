@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
 _STOPS = ("\nclass ", "\ndef ", "\nif __name__", "\nprint(", "\n#", "\n@", "\nassert ")
@@ -66,7 +66,7 @@ def run(source: str, *, timeout_sec: float = 5.0, memory_mib: int = 1024) -> Out
     Returns:
         The outcome; nothing the program does raises here.
     """
-    with tempfile.TemporaryDirectory(prefix="program-") as folder:
+    with tempfile.TemporaryDirectory(prefix="program-") as folder, tempfile.TemporaryFile() as errors:
         receipt, written = os.pipe()
         # not -I, which would ignore PYTHONHASHSEED: what hangs on the order of a set must come out the same each time
         options = ["-s", "-P", "-B"]
@@ -77,27 +77,28 @@ def run(source: str, *, timeout_sec: float = 5.0, memory_mib: int = 1024) -> Out
             env={"PATH": "", "HOME": folder, "PYTHONHASHSEED": "0"},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=errors,  # a file, which its limit keeps small; a pipe would be read into our memory without end
             pass_fds=[written],
             start_new_session=True,
         )
         os.close(written)
         try:
-            _, errors = process.communicate(source.encode("utf-8", "replace"), timeout=timeout_sec)
+            process.communicate(source.encode("utf-8", "replace"), timeout=timeout_sec)
             late = False
         except subprocess.TimeoutExpired:
-            late, errors = True, b""
+            late = True
         finally:
             _end(process)
         with os.fdopen(receipt, "rb") as pipe:
             finished = pipe.read(4) == b"done"
+        said = _last_words(errors)
     if late:
         return Outcome(TIMED_OUT, f"longer than {timeout_sec:g} s")
     if process.returncode == 0 and finished:
         return Outcome(PASSED)
     if process.returncode == 0:
         return Outcome(FAILED, "ended before its tests did")
-    return Outcome(FAILED, errors.decode("utf-8", "replace").strip()[-_DETAIL:] or f"exit code {process.returncode}")
+    return Outcome(FAILED, said or f"exit code {process.returncode}")
 
 
 def run_all(programs: Sequence[str], *, timeout_sec: float = 5.0, memory_mib: int = 1024) -> list[Outcome]:
@@ -151,10 +152,14 @@ def _fenced(answer: str) -> str:
     return block[1] if block else answer
 
 
+def _last_words(errors: IO[bytes]) -> str:
+    """What stands at the end of a file."""
+    errors.seek(max(0, errors.seek(0, os.SEEK_END) - 4 * _DETAIL))  # a character has at most four bytes
+    return errors.read().decode("utf-8", "replace").strip()[-_DETAIL:]
+
+
 def _end(process: "subprocess.Popen[bytes]") -> None:
     """Kill what is left of the program, its children included."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    if process.stderr is not None:
-        process.stderr.close()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -65,6 +66,14 @@ def test_files_stay_in_the_temporary_folder(tmp_path: Path):
     assert not target.exists()
     assert Path(__file__).exists()
     assert outcome("open('own', 'w').write('x')\nassert open('own').read() == 'x'") == PASSED
+
+
+def test_what_a_program_says_does_not_fill_our_memory():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    said = execution.run("import os\nwhile True: os.write(2, b'x' * (1 << 20))", timeout_sec=3.0)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+    assert said.status == FAILED
+    assert execution.run("raise ValueError('\u00e4' * 999 + 'end')").detail.endswith("\u00e4end")
 
 
 def test_no_process_is_left(tmp_path: Path):
