@@ -89,7 +89,8 @@ def run(source: str, *, timeout_sec: float = 5.0, memory_mib: int = 1024) -> Out
             late = True
         finally:
             _end(process)
-        with os.fdopen(receipt, "rb") as pipe:
+        os.set_blocking(receipt, False)  # whoever else still holds the other end must not keep us waiting
+        with os.fdopen(receipt, "rb", buffering=0) as pipe:
             finished = pipe.read(4) == b"done"
         said = _last_words(errors)
     if late:

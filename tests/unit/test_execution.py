@@ -68,6 +68,43 @@ def test_files_stay_in_the_temporary_folder(tmp_path: Path):
     assert outcome("open('own', 'w').write('x')\nassert open('own').read() == 'x'") == PASSED
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import sqlite3\nsqlite3.connect({folder!r} + '/left').execute('create table t(x)')",
+        "import os, sys\nwhere = os.open(sys.prefix, os.O_PATH | os.O_DIRECTORY)",
+        "import os\nos.mkfifo({folder!r} + '/left')",
+        "import os\nos.mknod('device', 0o60600, os.makedev(8, 0))",
+        "import os\nos.chroot('.')",
+        "import os, signal\nsignal.pidfd_send_signal(os.pidfd_open(os.getppid()), 0)",
+        "import sys\nimport multiprocessing.util as util\n"
+        "util.spawnv_passfds(sys.executable.encode(), [b'p', b'-c', b'open(\"{folder}/left\", \"w\")'], [])",
+        "import sys, _posixsubprocess\ndel sys.modules['_posixsubprocess']\nimport _posixsubprocess",
+        "import _xxsubinterpreters",
+    ],
+)
+def test_what_no_audit_event_tells_of(source, tmp_path: Path):
+    assert outcome(source.format(folder=str(tmp_path))) == FAILED
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_needs_no_rights_stays_possible():
+    assert outcome("import subprocess, multiprocessing, signal, sqlite3, shelve, pdb, cmd") == PASSED
+    assert outcome("import os\nos.mkdir('d')\nos.close(os.open('d/f', os.O_CREAT | os.O_WRONLY))") == PASSED
+
+
+def test_who_keeps_the_receipt_does_not_keep_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import subprocess, sys\nsys.stdin.read()\nsleep = [sys.executable, '-c', 'import time; time.sleep(6)']\n"
+        "subprocess.Popen(sleep, start_new_session=True, close_fds=False)\n"
+    )
+    monkeypatch.setattr(execution, "_CHILD", child)
+    begin = time.monotonic()
+    assert outcome("") == FAILED
+    assert time.monotonic() - begin < 5
+
+
 def test_what_a_program_says_does_not_fill_our_memory():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     said = execution.run("import os\nwhile True: os.write(2, b'x' * (1 << 20))", timeout_sec=3.0)
