@@ -8,17 +8,20 @@ interpreter. Callers ask for the user's permission first.
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+log = logging.getLogger(__name__)
 
 PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
 _STOPS = ("\nclass ", "\ndef ", "\nif __name__", "\nprint(", "\n#", "\n@", "\nassert ")
@@ -66,7 +69,7 @@ def run(source: str, *, timeout_sec: float = 5.0, memory_mib: int = 1024) -> Out
     Returns:
         The outcome; nothing the program does raises here.
     """
-    with tempfile.TemporaryDirectory(prefix="program-") as folder, tempfile.TemporaryFile() as errors:
+    with _folder() as folder, tempfile.TemporaryFile() as errors:
         receipt, written = os.pipe()
         # not -I, which would ignore PYTHONHASHSEED: what hangs on the order of a set must come out the same each time
         options = ["-s", "-P", "-B"]
@@ -151,6 +154,19 @@ def _fenced(answer: str) -> str:
     """The first fenced block, or everything where there is none."""
     block = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", answer, re.DOTALL)
     return block[1] if block else answer
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    """A temporary folder; one that cannot be removed stays, and a warning says so."""
+    folder = tempfile.TemporaryDirectory(prefix="program-")
+    try:
+        yield folder.name
+    finally:
+        try:
+            folder.cleanup()
+        except (OSError, RecursionError) as error:  # a thousand folders inside one another, with Python before 3.13
+            log.warning("%s stays, it could not be removed (%s). Type: rm -r %s", folder.name, error, folder.name)
 
 
 def _last_words(errors: IO[bytes]) -> str:

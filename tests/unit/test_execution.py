@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import tempfile
 import time
 from pathlib import Path
 
@@ -91,6 +92,18 @@ def test_what_no_audit_event_tells_of(source, tmp_path: Path):
 def test_what_needs_no_rights_stays_possible():
     assert outcome("import subprocess, multiprocessing, signal, sqlite3, shelve, pdb, cmd") == PASSED
     assert outcome("import os\nos.mkdir('d')\nos.close(os.open('d/f', os.O_CREAT | os.O_WRONLY))") == PASSED
+
+
+def test_a_folder_that_cannot_be_removed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    real = tempfile.TemporaryDirectory.cleanup
+
+    def cleanup(folder: tempfile.TemporaryDirectory) -> None:
+        real(folder)
+        raise RecursionError("too deep")  # what Python before 3.13 says of a thousand folders inside one another
+
+    monkeypatch.setattr(tempfile.TemporaryDirectory, "cleanup", cleanup)
+    assert outcome("") == PASSED
+    assert "could not be removed (too deep). Type: rm -r" in caplog.text
 
 
 def test_who_keeps_the_receipt_does_not_keep_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
