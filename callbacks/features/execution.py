@@ -136,7 +136,8 @@ def _problem(file: Path, number: int, line: str) -> Problem:
         checks: Iterable[str] = row["test_list"]
         setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
         prompt = f'"""\n{row.get("text") or row["prompt"]}\n{chr(10).join(checks)}\n"""\n'
-        return Problem(str(row["task_id"]), prompt, "\n".join([setup, *checks]), stub=False)
+        more = row.get("test") or ""  # of MBPP+, whose test_list has the tests of MBPP alone
+        return Problem(str(row["task_id"]), prompt, "\n".join([setup, *checks, more]), stub=False)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file}, line {number}: {type(error).__name__}: {error}. Expected a JSON object with task_id, prompt, test"

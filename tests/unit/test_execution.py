@@ -157,6 +157,10 @@ def test_problem_files(tmp_path: Path):
         second.program("Here:\n```python\ndef add(a, b):\n    return a + b\n```\nDone."),
     ]
     assert [result.status for result in execution.run_all(answers)] == [PASSED, FAILED, PASSED]
+    file.write_text(json.dumps(mbpp | {"test": "assert add(0, 4) == 4"}) + "\n")
+    (more,) = execution.problems(file)
+    answers = [more.program(f"def add(a, b):\n    return {value}") for value in ("a + b", "3")]
+    assert [result.status for result in execution.run_all(answers)] == [PASSED, FAILED]
     file.write_text('{"task_id": 1}\n')
     with pytest.raises(ValueError, match="line 1"):
         execution.problems(file)
