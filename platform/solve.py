@@ -75,12 +75,20 @@ def run(module: Any, settings: dict[str, Any], args: argparse.Namespace, folder:
 
 
 def _answers(module: Any, prompt: str, answers: int, settings: dict[str, Any]) -> Sequence[str]:
-    """Continuations of a prompt, one per seed, without the prompt."""
+    """Continuations of a prompt up to the end of the text, one per seed, without the prompt."""
     from callbacks.sampling import prompted
 
+    eos = getattr(module.codec.tokenizer, "eos", None)
     texts: list[str] = []
     for first in range(0, answers, AT_ONCE):
         seeds = range(first, min(first + AT_ONCE, answers))
         condition = prompted(module, None, prompt, len(seeds), holes=False)
-        texts += module.generate(list(seeds), condition, **settings)
-    return [text.removeprefix(prompt) for text in texts]
+        assert condition.prompt is not None
+        begin = condition.prompt.shape[1]
+        for row in module.sample(list(seeds), condition, **settings):
+            tokens = row[begin:].tolist()
+            end = begin + tokens.index(eos) if eos in tokens else len(row)  # behind it stands another text
+            # taken together, as some tokenizers drop a space that stands first; and a prompt may not come back the same
+            asked, whole = (module.codec.decode(row[None, :until])[0] for until in (begin, end))
+            texts.append(whole[len(asked) :])
+    return texts

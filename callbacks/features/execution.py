@@ -6,6 +6,7 @@ memory and file size. This keeps accidents from spreading; it is no cage for a h
 interpreter. Callers ask for the user's permission first.
 """
 
+import ast
 import contextlib
 import json
 import logging
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 
 PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
 _STOPS = ("\nclass ", "\ndef ", "\nif __name__", "\nprint(", "\n#", "\n@", "\nassert ")
+_BEHIND = ("[DONE]", "\nassert ", "\nprint(", "\nif __name__", '\n"""')  # what follows a solution that stands alone
 _CHILD = Path(__file__).with_name("confined.py")
 _DETAIL = 300  # characters kept of a failing program's last words
 
@@ -145,16 +148,37 @@ def _problem(file: Path, number: int, line: str) -> Problem:
         ) from error
 
 
-def _first_part(answer: str) -> str:
+def _first_part(answer: str, stops: Iterable[str] = _STOPS) -> str:
     """A continuation up to where a function's body ends."""
-    ends = [at for stop in _STOPS if (at := answer.find(stop)) >= 0]
+    ends = [at for stop in stops if (at := answer.find(stop)) >= 0]
     return answer[: min(ends)] if ends else answer
 
 
 def _fenced(answer: str) -> str:
-    """The first fenced block, or everything where there is none."""
-    block = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", answer, re.DOTALL)
-    return block[1] if block else answer
+    """The first fenced block; where there is none, everything up to the end of the solution."""
+    block = re.search(r"```(?:python)?\n(.*?)(```|\Z)", answer, re.DOTALL)
+    if block and block[2]:
+        return block[1]
+    return _complete(block[1] if block else _first_part(answer, _BEHIND))
+
+
+def _complete(source: str) -> str:
+    """Python without the last lines that the end of the row cut off; as it is where nothing before them is Python."""
+    lines = source.splitlines(keepends=True)
+    for count in range(len(lines), 0, -1):
+        if _parses(part := "".join(lines[:count])):
+            return part
+    return source
+
+
+def _parses(source: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in strings
+            ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two of brackets in brackets
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -6,8 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from datamodules.tokenizers import Bytes
+from lightningmodules.shared.codecs import Tokens
+from lightningmodules.shared.conditioning import Condition
 from platform import cli, solve
 
 
@@ -27,15 +30,20 @@ def problems(tmp_path: Path) -> Path:
     return file
 
 
-def writer(length: int = 100) -> SimpleNamespace:
-    """A model whose every second answer is right."""
+def writer(length: int = 100, codec: Tokens | None = None) -> SimpleNamespace:
+    """A model whose every second answer is right, and is followed by the next document of its row."""
+    codec = codec or Tokens(Bytes(), length)
     bodies = ["    return a + b\n", "    return a - b\n"]
 
-    def generate(seeds: list[int], condition: object, **settings: object) -> list[str]:
-        return ["def add(a, b):\n" + bodies[seed % 2] for seed in seeds]
+    def sample(seeds: list[int], condition: Condition, **settings: object) -> torch.Tensor:
+        assert condition.prompt is not None
+        rows = torch.full((len(seeds), length), ord("!"))
+        for row, prompt, seed in zip(rows, condition.prompt, seeds, strict=True):
+            text = [*prompt.tolist(), *codec.tokenizer.encode(bodies[seed % 2]), codec.tokenizer.eos]
+            row[: len(text)] = torch.tensor(text)
+        return rows
 
-    codec = SimpleNamespace(tokenizer=Bytes(), shape=(length,))
-    return SimpleNamespace(codec=codec, generate=generate, device="cpu", to=lambda device: None)
+    return SimpleNamespace(codec=codec, sample=sample, device="cpu", to=lambda device: None)
 
 
 def test_counts(problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,12 +54,26 @@ def test_counts(problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "pass@4    0.5000" in said
     rows = [json.loads(line) for line in (tmp_path / "out" / solve.PROBLEMS).read_text().splitlines()]
     assert [row["status"] for row in rows] == ["passed", "failed", "passed", "failed", "prompt too long"]
+    assert rows[0]["answer"] == "    return a + b\n"
+
+
+def test_a_prompt_that_does_not_come_back_the_same(problems: Path, tmp_path: Path) -> None:
+    class Loud(Bytes):
+        """Like a tokenizer that normalises, and drops a space that stands first."""
+
+        def decode(self, tokens: object) -> str:
+            return super().decode(tokens).removeprefix(" ").replace("add", "ADD")
+
+    solve.run(writer(codec=Tokens(Loud(), 100)), {}, request(problems), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / solve.PROBLEMS).read_text().splitlines()]
+    assert rows[0]["answer"] == "    return a + b\n"
 
 
 def test_answers_are_drawn_a_few_at_a_time(problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[int]] = []
     model = writer()
-    model.generate = lambda seeds, condition, **settings: asked.append(seeds) or ["def add(a, b):\n"] * len(seeds)
+    sample = model.sample
+    model.sample = lambda seeds, condition, **settings: asked.append(seeds) or sample(seeds, condition)
     monkeypatch.setattr(solve, "AT_ONCE", 3)
     solve.run(model, {}, request(problems), tmp_path / "out")
     assert asked == [[0, 1, 2], [3]]

@@ -94,6 +94,23 @@ def test_what_needs_no_rights_stays_possible():
     assert outcome("import os\nos.mkdir('d')\nos.close(os.open('d/f', os.O_CREAT | os.O_WRONLY))") == PASSED
 
 
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        ("def f():\n    return 1\n[DONE]\n\nYou are an expert", "def f():\n    return 1\n"),
+        ("def f():\n    return 1\nprint(f())\nassert f() == 2", "def f():\n    return 1"),
+        ('def f():\n    return 1\n"""\nWrite another one.', "def f():\n    return 1"),
+        ("def f():\n    return 1\ndef g(x):\n    return (x +", "def f():\n    return 1\n"),
+        ("```python\ndef f():\n    return 1\ndef g(", "def f():\n    return 1\n"),
+        ("```python\ndef f():\n    return (\n```\nmore", "def f():\n    return (\n"),
+        ("It is\nno Python.", "It is\nno Python."),
+    ],
+)
+def test_answers_that_stand_alone_end_with_the_solution(answer: str, kept: str):
+    problem = execution.Problem("p", "", "tests()", stub=False)
+    assert problem.program(answer) == f"{kept}\n\ntests()\n"
+
+
 def test_a_folder_that_cannot_be_removed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     real = tempfile.TemporaryDirectory.cleanup
 
