@@ -1,13 +1,20 @@
 """``evaluate --problems``: programs that a model writes, run against the tests of a problem file, as pass@k."""
 
 import argparse
+import fcntl
+import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from callbacks.features.execution import Problem
 
 PROBLEMS = "problems.jsonl"
+TOO_LONG = "prompt too long"
 AT_ONCE = 16  # answers drawn together; their logits over a large vocabulary fill memory
 
 
@@ -35,43 +42,90 @@ def run(module: Any, settings: dict[str, Any], args: argparse.Namespace, folder:
         module: a room that draws text, with the weights to measure active.
         settings: keywords of its ``sample``.
         args: ``problems`` (file), ``answers`` (per problem), ``k`` (list), ``timeout`` (seconds per program).
-        folder: every answer and its outcome go to ``problems.jsonl`` there.
+        folder: ``problems.jsonl`` there says in its first line what was measured, and every answer and its outcome in
+            the others. Until all are there they stand in a file beside it, where the same command goes on.
 
     Raises:
-        ValueError: the model draws no text, or the file is no problem file.
+        ValueError: the model draws no text, the file is no problem file, or the same command is running already.
     """
     from callbacks.features import execution
     from callbacks.features.text import pass_at_k
     from platform.runs import device
 
-    tokenizer = getattr(module.codec, "tokenizer", None)
-    if tokenizer is None:
+    if getattr(module.codec, "tokenizer", None) is None:
         raise ValueError("--problems needs a model that writes text; this one does not. Leave --problems out.")
     module.to(device())
     problems = execution.problems(Path(args.problems))
-    rows: list[dict[str, Any]] = []
-    solved: list[tuple[int, int]] = []
-    for problem in problems:
-        if len(tokenizer.encode(problem.prompt)) >= module.codec.shape[0]:
-            solved.append((args.answers, 0))
-            rows.append({"problem": problem.name, "status": "prompt too long", "answer": "", "detail": ""})
-            continue
-        answers = _answers(module, problem.prompt, args.answers, settings)
-        outcomes = execution.run_all([problem.program(text) for text in answers], timeout_sec=args.timeout)
-        solved.append((args.answers, sum(outcome.status == execution.PASSED for outcome in outcomes)))
-        rows += [
-            {"problem": problem.name, "status": outcome.status, "answer": text, "detail": outcome.detail}
-            for text, outcome in zip(answers, outcomes, strict=True)
-        ]
+    facts = {
+        "settings": settings,
+        "weights": module.active_weights,
+        "step": module.updates,
+        "answers": args.answers,
+        "seeds": f"0 to {args.answers - 1}",
+        "timeout": args.timeout,
+        "problems": hashlib.sha256(Path(args.problems).read_bytes()).hexdigest(),
+    }
+    first = _line(facts)
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f"{PROBLEMS}.{os.getpid()}.tmp"
-    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(aside, folder / PROBLEMS)
-    long = sum(row["status"] == "prompt too long" for row in rows)
+    aside = folder / f"{PROBLEMS}.{hashlib.sha256(first).hexdigest()[:8]}.part"
+    with aside.open("a+b") as stream:
+        done = _begun(stream, first, args.answers)
+        if done:
+            print(f"{len(done)} of {len(problems)} problems are in {aside}, going on behind them")
+        for problem in problems[len(done) :]:
+            rows = _rows(module, problem, settings, args)
+            stream.write(b"".join(map(_line, rows)))
+            stream.flush()
+            done.append(rows)
+        os.fsync(stream.fileno())
+        os.replace(aside, folder / PROBLEMS)
+    long = sum(rows[0]["status"] == TOO_LONG for rows in done)
     note = f", {long} of them with a prompt longer than the model reads" if long else ""
     print(f"{len(problems)} problems{note}, {args.answers} answers each; answers: {folder / PROBLEMS}")
+    passed = [sum(row["status"] == execution.PASSED for row in rows) for rows in done]
     for k in args.k:
-        print(f"  pass@{k:<4} {sum(pass_at_k(n, c, k) for n, c in solved) / len(solved):.4f}")
+        print(f"  pass@{k:<4} {sum(pass_at_k(args.answers, count, k) for count in passed) / len(passed):.4f}")
+
+
+def _begun(stream: BinaryIO, first: bytes, answers: int) -> list[list[dict[str, Any]]]:
+    """Rows of the problems that an earlier start finished; the file ends with them, or with a new first line."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{stream.name} is being written by the same command. Wait for it, or stop it.") from None
+    except OSError as error:  # some network file systems are mounted without locks
+        warnings.warn(f"{stream.name} cannot be locked ({error}); take care to start this once.", stacklevel=2)
+    stream.seek(0)
+    lines = [line for line in stream.read().splitlines(keepends=True) if line.endswith(b"\n")]
+    if lines[:1] != [first]:
+        stream.truncate(0)
+        stream.write(first)
+        return []
+    rows = [json.loads(line) for line in lines[1:]]
+    done: list[list[dict[str, Any]]] = []
+    while rows and (count := 1 if rows[0]["status"] == TOO_LONG else answers) <= len(rows):
+        done.append(rows[:count])
+        rows = rows[count:]
+    stream.truncate(sum(map(len, lines[: len(lines) - len(rows)])))
+    return done
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return f"{json.dumps(row, ensure_ascii=False)}\n".encode()
+
+
+def _rows(module: Any, problem: "Problem", settings: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per answer to a problem, or the one that says why there is none."""
+    from callbacks.features import execution
+
+    if len(module.codec.tokenizer.encode(problem.prompt)) >= module.codec.shape[0]:
+        return [{"problem": problem.name, "status": TOO_LONG, "answer": "", "detail": ""}]
+    answers = _answers(module, problem.prompt, args.answers, settings)
+    outcomes = execution.run_all([problem.program(text) for text in answers], timeout_sec=args.timeout)
+    return [
+        {"problem": problem.name, "status": outcome.status, "answer": text, "detail": outcome.detail}
+        for text, outcome in zip(answers, outcomes, strict=True)
+    ]
 
 
 def _answers(module: Any, prompt: str, answers: int, settings: dict[str, Any]) -> Sequence[str]:

@@ -43,7 +43,13 @@ def writer(length: int = 100, codec: Tokens | None = None) -> SimpleNamespace:
             row[: len(text)] = torch.tensor(text)
         return rows
 
-    return SimpleNamespace(codec=codec, sample=sample, device="cpu", to=lambda device: None)
+    facts = {"updates": 7, "active_weights": "ema", "device": "cpu"}
+    return SimpleNamespace(codec=codec, sample=sample, to=lambda device: None, **facts)
+
+
+def written(folder: Path) -> list[dict[str, str]]:
+    """The rows behind the first line."""
+    return [json.loads(line) for line in (folder / solve.PROBLEMS).read_text().splitlines()][1:]
 
 
 def test_counts(problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +58,7 @@ def test_counts(problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "2 problems, 1 of them with a prompt longer than the model reads, 4 answers each" in said
     assert "pass@1    0.2500" in said  # half of one problem's answers, none of the other's
     assert "pass@4    0.5000" in said
-    rows = [json.loads(line) for line in (tmp_path / "out" / solve.PROBLEMS).read_text().splitlines()]
+    rows = written(tmp_path / "out")
     assert [row["status"] for row in rows] == ["passed", "failed", "passed", "failed", "prompt too long"]
     assert rows[0]["answer"] == "    return a + b\n"
 
@@ -64,9 +70,8 @@ def test_a_prompt_that_does_not_come_back_the_same(problems: Path, tmp_path: Pat
         def decode(self, tokens: object) -> str:
             return super().decode(tokens).removeprefix(" ").replace("add", "ADD")
 
-    solve.run(writer(codec=Tokens(Loud(), 100)), {}, request(problems), tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / solve.PROBLEMS).read_text().splitlines()]
-    assert rows[0]["answer"] == "    return a + b\n"
+    solve.run(writer(codec=Tokens(Loud(), 100)), {}, request(problems), tmp_path / "out")
+    assert written(tmp_path / "out")[0]["answer"] == "    return a + b\n"
 
 
 def test_answers_are_drawn_a_few_at_a_time(problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +82,55 @@ def test_answers_are_drawn_a_few_at_a_time(problems: Path, tmp_path: Path, monke
     monkeypatch.setattr(solve, "AT_ONCE", 3)
     solve.run(model, {}, request(problems), tmp_path / "out")
     assert asked == [[0, 1, 2], [3]]
+
+
+def test_an_interrupted_measurement_goes_on(
+    problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    problems.write_text("".join(line + "\n" for line in [*problems.read_text().splitlines()] * 2))
+    solve.run(writer(), {}, request(problems), out)
+    whole = (out / solve.PROBLEMS).read_bytes()
+    (out / solve.PROBLEMS).unlink()
+
+    def interrupted(after: int) -> SimpleNamespace:
+        model, calls, sample = writer(), iter(range(after)), writer().sample
+        model.sample = lambda *given, **more: sample(*given, **more) if next(calls, None) is not None else 1 / 0
+        return model
+
+    with pytest.raises(ZeroDivisionError):
+        solve.run(interrupted(after=1), {}, request(problems), out)
+    assert not (out / solve.PROBLEMS).exists()
+    (part,) = out.iterdir()
+    rows = part.read_bytes().splitlines(keepends=True)
+    assert len(rows) == 1 + 4 + 1
+    for torn in (b"".join(rows) + rows[1] + rows[2], b"".join(rows) + rows[1][:9]):
+        part.write_bytes(torn)
+        capsys.readouterr()
+        solve.run(interrupted(after=1), {}, request(problems), out)
+        assert "2 of 4 problems are in" in capsys.readouterr().out
+        assert (out / solve.PROBLEMS).read_bytes() == whole
+        assert not part.exists()
+    part.write_bytes(b"".join(rows))
+    for change in ({"answers": 5}, {"timeout": 6}):
+        with pytest.raises(ZeroDivisionError):
+            solve.run(interrupted(after=1), {}, request(problems, **change), out)
+    with pytest.raises(ZeroDivisionError):
+        solve.run(interrupted(after=1), {"steps": 2}, request(problems), out)
+    assert part.read_bytes() == b"".join(rows)
+
+
+def test_the_same_command_runs_once(problems: Path, tmp_path: Path) -> None:
+    model, sample = writer(), writer().sample
+
+    def twice(*given: object, **more: object) -> torch.Tensor:
+        with pytest.raises(ValueError, match="written by the same command"):
+            solve.run(writer(), {}, request(problems), tmp_path / "out")
+        return sample(*given, **more)
+
+    model.sample = twice
+    solve.run(model, {}, request(problems), tmp_path / "out")
+    assert len(written(tmp_path / "out")) == 5
 
 
 def test_nothing_runs_unasked(problems: Path, capsys: pytest.CaptureFixture[str]) -> None:
