@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
 _STOPS = ("\nclass ", "\ndef ", "\nif __name__", "\nprint(", "\n#", "\n@", "\nassert ")
 _BEHIND = ("[DONE]", "\nassert ", "\nprint(", "\nif __name__", '\n"""')  # what follows a solution that stands alone
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # NumPy cannot be imported where it may start none
 _CHILD = Path(__file__).with_name("confined.py")
 _DETAIL = 300  # characters kept of a failing program's last words
 
@@ -80,7 +81,7 @@ def run(source: str, *, timeout_sec: float = 5.0, memory_mib: int = 1024) -> Out
         process = subprocess.Popen(
             [*command, str(written)],
             cwd=folder,
-            env={"PATH": "", "HOME": folder, "PYTHONHASHSEED": "0"},
+            env={"PATH": "", "HOME": folder, "PYTHONHASHSEED": "0", **_ONE_THREAD},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=errors,  # a file, which its limit keeps small; a pipe would be read into our memory without end

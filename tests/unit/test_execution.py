@@ -123,6 +123,12 @@ def test_a_folder_that_cannot_be_removed(monkeypatch: pytest.MonkeyPatch, caplog
     assert "could not be removed (too deep). Type: rm -r" in caplog.text
 
 
+def test_numpy_starts_no_threads():
+    """For anyone but root the import ends the program otherwise, and the tests of MBPP+ import it."""
+    source = "import os, numpy\nassert os.environ['OPENBLAS_NUM_THREADS'] == '1'\nassert numpy.eye(2).sum() == 2"
+    assert outcome(source, timeout_sec=30.0) == PASSED
+
+
 def test_who_keeps_the_receipt_does_not_keep_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     child = tmp_path / "child.py"
     child.write_text(
