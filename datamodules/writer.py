@@ -261,7 +261,7 @@ class _Progress:
     def __init__(self, dataset: str, folder: Path) -> None:
         self.dataset = dataset
         self.folder = folder
-        self._rank = next((os.environ[v] for v in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if v in os.environ), "0")
+        self._rank = _rank()
         self._live = sys.stderr.isatty()
         self._start = self._shown = time.monotonic()
 
@@ -282,6 +282,13 @@ class _Progress:
             f"({mebibytes:.1f} MiB) written to {self.folder} in {time.monotonic() - self._start:.1f} s\n"
         )
         sys.stderr.flush()
+
+
+def _rank() -> str:
+    """Rank of this process; the rule of ``platform.journal.rank_of_process``, which this package may not import."""
+    by_slurm = "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK") if by_slurm else ("RANK", "LOCAL_RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -52,8 +52,13 @@ def journal(folder: Path, rank: int) -> Iterator[None]:
 
 
 def rank_of_process() -> int:
-    """Rank by the environment of whoever started this process, before any process group exists."""
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+    """Rank by the environment of whoever started this process, before any process group exists.
+
+    SLURM's number counts where Lightning takes SLURM for the one who starts the processes. In a script of sbatch
+    without ``--ntasks`` and in a shell of srun, Lightning starts them itself, and all of them inherit that number.
+    """
+    by_slurm = "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if by_slurm else ("RANK", "LOCAL_RANK"):
         if name in os.environ:
             return int(os.environ[name])
     return 0
