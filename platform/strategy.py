@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -51,10 +52,14 @@ class Sharded(ModelParallelStrategy):
         tensors = {"state_dict": checkpoint.pop("state_dict")}
         for index, state in enumerate(checkpoint.pop("optimizer_states", [])):
             tensors[f"optimizer_{index}"] = state
-        dcp.save(tensors, checkpoint_id=aside)
-        if self.is_global_zero:
-            torch.save(checkpoint, aside / META)
-            commit(aside, final)
+        try:
+            dcp.save(tensors, checkpoint_id=aside)
+            if self.is_global_zero:
+                with (aside / META).open("wb") as stream:  # a path would be written in C++, which hides why it failed
+                    torch.save(checkpoint, stream)
+                commit(aside, final)
+        except (CheckpointException, RuntimeError) as error:
+            raise _reason(error) from error
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -157,6 +162,24 @@ def fingerprint(file: Path) -> list[int]:
         while block := stream.read(1 << 22):
             size, checksum = size + len(block), zlib.crc32(block, checksum)
     return [size, checksum]
+
+
+def _reason(error: BaseException) -> Exception:
+    """Why a checkpoint could not be written: what the system said, as an exception that can be caught as one.
+
+    torch collects the failures of all ranks in an exception that is no ``Exception``, and in each of them its own
+    complaint about the unfinished file stands before the one of the system.
+    """
+    failures = [error]
+    if isinstance(error, CheckpointException):
+        failures = [failure for failure, _ in error.failures.values()]
+    for failure in failures:
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, OSError):
+                return cause
+            cause = cause.__context__
+    return RuntimeError(f"the checkpoint could not be written: {failures[0]}")
 
 
 def _sync(path: Path) -> None:

@@ -9,11 +9,13 @@ import os
 import re
 import shutil
 import socket
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from platform import cli
 from platform.runs import Run
@@ -330,6 +332,24 @@ def test_disk_full_while_writing_logs(tmp_path: Path, answer: Ask, monkeypatch: 
         "The disk is full. What was complete is kept: a checkpoint appears under its name only when whole. Free some"
         " space and type the same command again.\n",
     )
+
+
+def test_disk_full_while_saving(tmp_path: Path, answer: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch tells it: an exception of all ranks, holding its own complaint, holding the system's."""
+    complaint = RuntimeError("unexpected pos 704 vs 598")
+    complaint.__context__ = OSError(errno.ENOSPC, "No space left on device")
+
+    def full(*_: object, **__: object) -> None:
+        raise CheckpointException("write", {1: (complaint, traceback.extract_stack())})
+
+    monkeypatch.setattr("platform.strategy.dcp.save", full)
+    assert answer.fit(tmp_path) == (
+        2,
+        "The disk is full. What was complete is kept: a checkpoint appears under its name only when whole. Free some"
+        " space and type the same command again.\n",
+    )
+    complaint.__context__ = None
+    assert cli.main(["fit", "quickstart", "--tiny", *QUICK, f"runs={tmp_path}"]) == 1  # a bug, told as one
 
 
 def test_folders_that_cannot_be_made(finished: Path, tmp_path: Path, answer: Ask) -> None:
