@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt is not None:
         _check_prompt(module, args.prompt)
     request = {
-        "run": str(args.run),
+        "run": str(Path(args.run).resolve()),
         "step": module.updates,
         "weights": module.active_weights,
         "label": args.label,
@@ -213,12 +213,15 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
     file = out / SETTINGS
     if file.is_file() and any(out.glob("seed_*")):
         old = json.loads(file.read_text())
-        files = {"image", "mask"}  # their content stands in "gap"
-        changed = [key for key in request if key not in files and old.get(key) != request[key]]
+        old["run"] = str(Path(old["run"]).resolve())  # older folders hold it as it was typed
+        free = {"image", "mask"}  # their content stands in "gap"
+        if out.resolve().is_relative_to(request["run"]) and not Path(old["run"]).exists():
+            free.add("run")  # it was moved, and its samples with it
+        changed = [key for key in request | old if key not in free and old.get(key) != request.get(key)]
         if changed:
             key = changed[0]
             raise ValueError(
-                f"{out} holds samples made with {key}={old.get(key)}, now {key}={request[key]}."
+                f"{out} holds samples made with {key}={old.get(key)}, now {key}={request.get(key)}."
                 " Type another --out FOLDER."
             )
     aside = file.with_suffix(f".{os.getpid()}.tmp")

@@ -262,6 +262,8 @@ def test_samples_of_another_request_are_not_mixed(finished: Path, tmp_path: Path
         " another --out FOLDER.\n",
     )
     assert contents(tmp_path) == before
+    words[1] += "/"
+    assert answer(*words).code == 0
 
 
 def test_label_beyond_the_classes(finished: Path, answer: Ask) -> None:
