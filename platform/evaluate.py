@@ -34,6 +34,11 @@ def run(args: argparse.Namespace) -> int:
     if args.problems:
         solve.check(args)
     cfg, kind = read_config(args.run), args.weights or "ema"
+    if not args.problems and not cfg.data.get("val", True):
+        raise ValueError(
+            f"{args.run} has no validation data (data.val is null in its config.yaml), and metrics are measured in a"
+            " pass over it. Set data.val there to shards or a folder."
+        )
     settings = configs.check_sampling(cfg, args.overrides)
     callbacks = []
     if not args.problems:

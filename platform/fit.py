@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from platform import config as configs
 from platform import signals
 from platform.journal import journal, rank_of_process, say
+
+log = logging.getLogger(__name__)
 
 INTERRUPTED = 75  # EX_TEMPFAIL: the same command continues
 
@@ -52,6 +55,11 @@ def fit(cfg: DictConfig) -> int:
             _report(cfg, run, "already complete", start, writer)
             return 0
         if writer:
+            if not cfg.data.get("val", True):
+                log.warning(
+                    "data.val is null: without validation data no grids, metrics or tables are made. To have them, set"
+                    " data.val to shards or a folder."
+                )
             assemble.check_disk(run.path, needed)
             _prepare_folder(run, cfg, start, owed, datamodule.describe())
         return _train(cfg, run, datamodule, start, checkpoint, owed, needed, writer)
