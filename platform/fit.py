@@ -60,6 +60,7 @@ def fit(cfg: DictConfig) -> int:
                     "data.val is null: without validation data no grids, metrics or tables are made. To have them, set"
                     " data.val to shards or a folder."
                 )
+            run.tidy(start)
             assemble.check_disk(run.path, needed)
             _prepare_folder(run, cfg, start, owed, datamodule.describe())
         return _train(cfg, run, datamodule, start, checkpoint, owed, needed, writer)

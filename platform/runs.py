@@ -45,8 +45,11 @@ class Run:
 
     def steps(self) -> list[int]:
         """Updates of every finished-looking checkpoint, ascending; unfinished ones (``.tmp``) are left out."""
+        return sorted({step_of(folder) for folder in self._saved()})
+
+    def _saved(self) -> list[Path]:
         folders = [folder for folder in self.checkpoints.glob("step-*") if folder.is_dir()]
-        return sorted({step_of(folder) for folder in folders if folder.name[5:].removesuffix(OLD).isdigit()})
+        return [folder for folder in folders if folder.name[5:].removesuffix(OLD).isdigit()]
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint of one step; the one before it, if a kill came while it was being replaced."""
@@ -71,6 +74,19 @@ class Run:
         for step in self.steps()[:-keep]:
             if step not in milestones:
                 shutil.rmtree(self.checkpoint(step), ignore_errors=True)
+
+    def tidy(self, step: int) -> None:
+        """Before a run goes on from ``step``: remove what killed saves left, rename damaged checkpoints beyond it.
+
+        Under their own names these would count as the newest, and :meth:`prune` would delete good ones instead.
+        """
+        for unfinished in self.checkpoints.glob("step-*.tmp"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        for folder in self._saved():
+            if step_of(folder) > step:
+                number = next(n for n in range(1, 10_000) if not Path(f"{folder}.damaged{n}").exists())
+                folder.rename(f"{folder}.damaged{number}")
+                print(f"{folder} is now {folder.name}.damaged{number}.", file=sys.stderr)
 
     def set_aside(self) -> None:
         """Rename what lies in the folder out of the way; nothing is deleted."""

@@ -116,6 +116,18 @@ def test_fresh_is_needed_when_no_checkpoint_can_be_read(runs: Path, answer: Ask)
     assert (runs / "quickstart-tiny.old1" / "checkpoints" / "step-00000002" / "meta.pt").is_file()
 
 
+def test_damaged_newest_checkpoint_takes_no_place_of_a_good_one(runs: Path, answer: Ask) -> None:
+    """Step 5 is reached from 1, and the first of the new checkpoints is below the damaged one."""
+    run = Run(runs / "quickstart-tiny")
+    run.checkpoint(2).rename(run.checkpoint(9))
+    (run.checkpoint(9) / "complete.json").unlink()
+    (run.checkpoints / "step-00000007.tmp").mkdir()
+    code, message = answer.fit(runs, "trainer.max_steps=5", "checkpoints.keep=1")
+    assert (code, run.steps()) == (0, [5])
+    assert message.endswith(f"{run.checkpoint(9)} is now step-00000009.damaged1.\n")
+    assert not list(run.checkpoints.glob("*.tmp"))
+
+
 def test_checkpoint_of_another_shape(runs: Path, tmp_path: Path, answer: Ask) -> None:
     assert answer.fit(tmp_path / "wide", "module.net.channels=64", "module.net.head_dim=32").code == 0
     run, other = Run(runs / "quickstart-tiny"), Run(tmp_path / "wide" / "quickstart-tiny")

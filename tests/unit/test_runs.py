@@ -86,6 +86,18 @@ def test_newest_damaged_checkpoint_is_skipped_aloud(tmp_path: Path, capsys: pyte
     assert run.steps() == [4]
 
 
+def test_run_that_goes_on_before_a_damaged_checkpoint_keeps_the_next_good_one(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for name in ("02", "04", "06", "06.old", "05.tmp", "06.damaged1"):
+        (run.checkpoints / f"step-000000{name}").mkdir(parents=True)
+    run.tidy(2)
+    left = ["02", "04.damaged1", "06.damaged1", "06.damaged2", "06.old.damaged1"]
+    assert sorted(folder.name for folder in run.checkpoints.iterdir()) == [f"step-000000{name}" for name in left]
+    run.checkpoint(3).mkdir()
+    run.prune(1, frozenset())
+    assert run.steps() == [3]
+
+
 def test_setting_aside_deletes_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path / "x")
     for text in ("first", "second"):
