@@ -88,6 +88,16 @@ class Run:
                 folder.rename(f"{folder}.damaged{number}")
                 print(f"{folder} is now {folder.name}.damaged{number}.", file=sys.stderr)
 
+    def has_history(self) -> bool:
+        """Whether something was trained here: it was completed, continued, or numbers of an update were logged."""
+        file = self.path / PROVENANCE
+        attempts = json.loads(file.read_text()) if file.is_file() else []
+        if (self.ending() or {}).get("reason") == "complete" or any(facts.get("start_step") for facts in attempts):
+            return True
+        file = self.path / METRICS
+        lines = file.read_text().splitlines() if file.is_file() else []
+        return any(not line.startswith('{"step": 0,') for line in lines)  # the last may be broken off
+
     def set_aside(self) -> None:
         """Rename what lies in the folder out of the way; nothing is deleted."""
         number = next(n for n in range(1, 10_000) if not self.path.with_name(f"{self.path.name}.old{n}").exists())

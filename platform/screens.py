@@ -121,10 +121,9 @@ def end_lines(cfg: DictConfig, run: Run, reason: str, step: int) -> list[str]:
         lines.append(f"pictures     {pictures[-1]}")
     lines.append(f"checkpoint   {run.checkpoint(run.steps()[-1]) if run.steps() else 'none'}")
     if step < int(cfg.trainer.max_steps):
-        lines += [
-            "next:",
-            f"  {PROGRAM} {shlex.join(sys.argv[1:])}    # the same command continues",
-        ]
+        words = [word for word in sys.argv[1:] if not word.startswith("fresh=")]  # there is a checkpoint to go on from
+        same = "the same command" if words == sys.argv[1:] else "without fresh it"
+        lines += ["next:", f"  {PROGRAM} {shlex.join(words)}    # {same} continues"]
     else:
         lines.append("next:")
     lines += [

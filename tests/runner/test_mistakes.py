@@ -285,6 +285,16 @@ def test_label_beyond_the_classes(finished: Path, answer: Ask) -> None:
     )
 
 
+def test_finished_run_without_checkpoints_is_kept(runs: Path, answer: Ask) -> None:
+    run = Run(runs / "quickstart-tiny")
+    shutil.rmtree(run.checkpoints)
+    before = contents(run.path)
+    assert answer.fit(runs, "seed=5") == (0, f"What was in {run.path} is now in {run.path}.old1.\n")
+    kept = contents(runs / "quickstart-tiny.old1")
+    assert sorted(kept.values()) == sorted(before.values())
+    assert run.steps() == [1, 2]
+
+
 def test_complete_run_is_left_alone(runs: Path, answer: Ask) -> None:
     before = contents(runs)
     assert answer.fit(runs).code == 0

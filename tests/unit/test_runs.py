@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from platform.runs import METRICS, Run
-from platform.screens import best
+from platform.screens import best, end_lines
 from tests import toy
 
 
@@ -96,6 +97,39 @@ def test_run_that_goes_on_before_a_damaged_checkpoint_keeps_the_next_good_one(tm
     run.checkpoint(3).mkdir()
     run.prune(1, frozenset())
     assert run.steps() == [3]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("exit.json", '{"reason": "complete", "step": 9}', True),
+        ("exit.json", '{"reason": "OSError: the machine is gone", "step": 0}', False),
+        ("provenance.json", '[{"start_step": 0}, {"start_step": 7}]', True),
+        ("provenance.json", '[{"start_step": 0}, {"step": 7}]', False),
+        (METRICS, '{"step": 0, "tag": "a"}\n{"step": 1, "tag": "b"}\n{"st', True),
+        (METRICS, '{"step": 0, "tag": "health/reconstruction_error"}\n', False),
+        ("log.txt", "a line", False),
+    ],
+)
+def test_what_makes_a_run_without_checkpoints_worth_keeping(
+    tmp_path: Path, file: str, content: str, expected: bool
+) -> None:
+    assert not Run(tmp_path / "x").has_history()
+    (tmp_path / file).write_text(content)
+    assert Run(tmp_path).has_history() is expected
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        ("fit quickstart tag=a", "fit quickstart tag=a    # the same command continues"),
+        ("fit quickstart fresh=true tag=a", "fit quickstart tag=a    # without fresh it continues"),
+    ],
+)
+def test_command_that_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, shown: str) -> None:
+    monkeypatch.setattr("sys.argv", ["platform", *typed.split()])
+    cfg = OmegaConf.create({"trainer": {"max_steps": 9}})
+    assert f"  python -m platform {shown}" in end_lines(cfg, Run(tmp_path), "interrupted", 4)
 
 
 def test_setting_aside_deletes_nothing(tmp_path: Path) -> None:
