@@ -214,7 +214,7 @@ def trainer(
             num_nodes=int(cfg.trainer.num_nodes),
             strategy=Sharded(),
             plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
-            precision=_precision(cfg),
+            precision=precision_of(cfg),
             max_steps=int(cfg.trainer.max_steps),
             max_epochs=-1,
             accumulate_grad_batches=accumulation,
@@ -242,7 +242,8 @@ def schedule_of(trainer: L.Trainer) -> Schedule:
     return next(callback for callback in trainer.callbacks if isinstance(callback, Schedule))  # type: ignore[attr-defined]
 
 
-def _precision(cfg: DictConfig) -> Any:
+def precision_of(cfg: DictConfig) -> Any:
+    """The compute type of the networks in Lightning's words."""
     return "32-true" if str(cfg.trainer.precision) == "32" else str(cfg.trainer.precision)
 
 

@@ -140,7 +140,7 @@ def _recipe(cfg: DictConfig) -> dict[str, Any]:
 
 
 def measure(module: Any, cfg: DictConfig, callbacks: list[Any], file: Path) -> None:
-    """Run metrics once on the active weights.
+    """Run metrics once on the active weights, in the precision and with the batches per device of training.
 
     Args:
         module: the room with the weights to measure active.
@@ -154,12 +154,18 @@ def measure(module: Any, cfg: DictConfig, callbacks: list[Any], file: Path) -> N
     from callbacks.records import JsonlLogger
     from platform import assemble
 
-    datamodule = assemble.data(cfg)
+    datamodule, ranks = assemble.data(cfg), assemble.world_size(cfg)
+    size = datamodule.val_batch_size or datamodule.batch_size // datamodule.accumulation_for(ranks)
+    datamodule.val_batch_size = max(1, size // ranks)  # one device measures here, and need not hold those of all ranks
+    for callback in callbacks:
+        if getattr(callback, "max_batches", None):
+            callback.max_batches *= ranks  # as many samples
     assemble.quiet()
     file.parent.mkdir(parents=True, exist_ok=True)
     trainer = L.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
+        precision=assemble.precision_of(cfg),
         logger=JsonlLogger(file, lambda: module.samples_seen),
         callbacks=callbacks,
         default_root_dir=file.parent,
@@ -168,4 +174,5 @@ def measure(module: Any, cfg: DictConfig, callbacks: list[Any], file: Path) -> N
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    trainer.validate(module, datamodule=datamodule, verbose=False)
+    with trainer.precision_plugin.forward_context():  # callbacks, too, as in callbacks.checkpointing
+        trainer.validate(module, datamodule=datamodule, verbose=False)
