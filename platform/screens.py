@@ -42,7 +42,7 @@ class StartScreen(L.Callback):
         trained = sum(value.numel() for value in module.parameters() if value.requires_grad)
         accumulation, world = trainer.accumulate_grad_batches, trainer.world_size
         batch = int(cfg.data.batch_size)
-        steps = int(trainer.max_steps)
+        steps = int(cfg.trainer.max_steps)  # that of Lightning is one more where only a validation is left
         dtype = "bfloat16" if "bf16" in str(cfg.trainer.precision) else "float32"
         frozen = sum(
             value.numel()
