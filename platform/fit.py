@@ -117,7 +117,7 @@ def _where(run: Any, cfg: DictConfig, writer: bool) -> tuple[int, Path | None]:
     from platform.runs import CONFIG, step_of
 
     if not (run.path / CONFIG).is_file() or not run.steps():
-        if writer and (run.steps() or run.has_history()):  # nothing to continue from, but numbers to keep
+        if writer and (run.steps() or run.has_history(cfg)):  # nothing to continue from, but numbers to keep
             run.set_aside()
         return 0, None
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0

@@ -88,12 +88,18 @@ class Run:
                 folder.rename(f"{folder}.damaged{number}")
                 print(f"{folder} is now {folder.name}.damaged{number}.", file=sys.stderr)
 
-    def has_history(self) -> bool:
-        """Whether something was trained here: it was completed, continued, or numbers of an update were logged."""
+    def has_history(self, cfg: Any) -> bool:
+        """Whether to begin anew would lose numbers: it was completed or continued, or logged updates of other settings.
+
+        One of the same settings that was killed before its first checkpoint only logs the same once more.
+        """
         file = self.path / PROVENANCE
         attempts = json.loads(file.read_text()) if file.is_file() else []
         if (self.ending() or {}).get("reason") == "complete" or any(facts.get("start_step") for facts in attempts):
             return True
+        file = self.path / CONFIG
+        if file.is_file() and not configs.difference(configs.load(file), cfg):
+            return False
         file = self.path / METRICS
         lines = file.read_text().splitlines() if file.is_file() else []
         return any(not line.startswith('{"step": 0,') for line in lines)  # the last may be broken off

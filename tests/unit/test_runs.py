@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from platform.runs import METRICS, Run
+from platform import config
+from platform.runs import CONFIG, METRICS, Run
 from platform.screens import best, end_lines
 from tests import toy
 
@@ -114,9 +115,14 @@ def test_run_that_goes_on_before_a_damaged_checkpoint_keeps_the_next_good_one(tm
 def test_what_makes_a_run_without_checkpoints_worth_keeping(
     tmp_path: Path, file: str, content: str, expected: bool
 ) -> None:
-    assert not Run(tmp_path / "x").has_history()
+    cfg, other = (OmegaConf.create({"experiment": "a", "module": {"width": width}}) for width in (1, 2))
+    assert not Run(tmp_path / "x").has_history(cfg)
     (tmp_path / file).write_text(content)
-    assert Run(tmp_path).has_history() is expected
+    assert Run(tmp_path).has_history(cfg) is expected
+    config.save(other, tmp_path / CONFIG)
+    assert Run(tmp_path).has_history(cfg) is expected
+    config.save(cfg, tmp_path / CONFIG)  # the same run, killed before its first checkpoint, logs the same again
+    assert Run(tmp_path).has_history(cfg) is (expected and file != METRICS)
 
 
 @pytest.mark.parametrize(
