@@ -161,6 +161,7 @@ def test_same_run_twice(runs: Path, answer: Ask) -> None:
         assert contents(runs) == before
 
 
+@pytest.mark.usefixtures("finished")  # the first run makes the data set, and says so
 def test_disk_full_at_the_last_step(tmp_path: Path, answer: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     usage, asked = shutil.disk_usage(tmp_path), []
 
