@@ -6,7 +6,6 @@ memory and file size. This keeps accidents from spreading; it is no cage for a h
 interpreter. Callers ask for the user's permission first.
 """
 
-import ast
 import contextlib
 import json
 import logging
@@ -16,12 +15,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+from callbacks.features.text import parses
 
 log = logging.getLogger(__name__)
 
@@ -167,19 +167,9 @@ def _complete(source: str) -> str:
     """Python without the last lines that the end of the row cut off; as it is where nothing before them is Python."""
     lines = source.splitlines(keepends=True)
     for count in range(len(lines), 0, -1):
-        if _parses(part := "".join(lines[:count])):
+        if parses(part := "".join(lines[:count])):
             return part
     return source
-
-
-def _parses(source: str) -> bool:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes in strings
-            ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two of brackets in brackets
-        return False
-    return True
 
 
 @contextlib.contextmanager
