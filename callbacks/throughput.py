@@ -61,8 +61,8 @@ class Throughput(L.Callback):
     def __init__(self, peak_flops: float | None = None) -> None:
         self.peak_flops = peak_flops
         self._flops = 0.0
-        self._restart(0)
         self._ended = 0.0
+        self._restart(0)
         self._update = _Update(0.0)
         self._streak: _Streak | None = None
 
@@ -73,8 +73,9 @@ class Throughput(L.Callback):
         if self.peak_flops is None and pl_module.device.type == "cuda":
             name = torch.cuda.get_device_name(pl_module.device)
             self.peak_flops = next((peak for key, peak in PEAKS.items() if key in name), None)
+        self._ended = time.perf_counter()
         self._restart(pl_module.samples_seen)
-        self._paused, self._ended = True, time.perf_counter()
+        self._paused = True
         self._update = _Update(self._ended)
 
     def on_train_batch_start(
@@ -113,7 +114,8 @@ class Throughput(L.Callback):
         self._paused = True
 
     def _restart(self, samples: int) -> None:
-        self._since, self._samples = time.perf_counter(), samples
+        # An interval begins where the last one ended, as its first wait does; a later beginning would not hold it.
+        self._since, self._samples = self._ended, samples
         self._waited = self._away = 0.0
         self._paused = False
 

@@ -41,6 +41,19 @@ def test_waiting_is_logged_and_explained_once(tmp_path, monkeypatch, caplog):
     assert "over the last 5 updates. It reads in the training thread: set data.workers=2." in warnings[0]
 
 
+def test_an_interval_holds_all_its_waiting_however_long_the_one_before_took_to_log(tmp_path, monkeypatch):
+    shares = []
+
+    def slow(trainer, values):
+        shares.append(values["data/wait_share"])
+        time.sleep(0.3)
+
+    monkeypatch.setattr(throughput, "scalars", slow)
+    fit(tmp_path, Throughput(), data=SlowData(), max_steps=18, val_check_interval=100)
+    assert len(shares) > 2
+    assert max(shares) <= 1
+
+
 @pytest.mark.parametrize(
     ("busy", "reading", "told"),
     [
