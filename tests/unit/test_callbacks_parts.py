@@ -247,20 +247,6 @@ def test_noise_of_a_sample_follows_its_key():
 # ---- speed and progress
 
 
-def test_validation_is_neither_training_nor_waiting(tmp_path):
-    import time
-
-    class Slow(Samples):
-        def on_validation_epoch_end(self, trainer, module):
-            time.sleep(1.0)
-
-    room = fit(tmp_path, Throughput(), Slow(), max_steps=20, val_check_interval=18)
-    assert room.latest["speed/data_wait_percent"] < 90
-    assert room.latest["speed/samples_per_sec"] > 5 * 64 / 0.9  # five updates, one pause of a second
-    assert "speed/mfu_percent" not in room.latest  # no peak is known for a CPU
-    assert room.latest["speed/samples_seen"] == 20 * 64
-
-
 def test_log_lines_are_plain_and_complete(tmp_path):
     out = io.StringIO()
     progress = Progress(every=10, console=Console(file=out, highlight=False, soft_wrap=True))
