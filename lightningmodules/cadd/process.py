@@ -13,7 +13,7 @@ from torch import Tensor
 
 Estimator = Literal["hard", "soft", "sampled"]
 Path = Literal["vp", "flow"]
-LEAST = 1e-6  # of the noise share that is divided by
+LEAST = 1e-12  # of the noise share that is divided by, in float64
 PART, FEW_PARTS = 256, 4  # of a row in which one place is looked for, and how many make it worth while
 
 

@@ -1,6 +1,5 @@
 """One file of the exact CADD oracle: its distribution, its draws, and how each quantity is computed; float64."""
 
-import ast
 import functools
 import math
 import operator
@@ -18,15 +17,7 @@ from lightningmodules.cadd.oracle import Oracle
 NODES = 201  # of the Gauss-Hermite quadrature
 ALL_MASKED = 5  # this row of the batch is masked throughout
 FUNCTIONS = {"cos": torch.cos, "sin": torch.sin, "exp": torch.exp, "sqrt": torch.sqrt, "log": torch.log}
-OPERATORS: dict[type, Callable[..., Tensor]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.Pow: operator.pow,
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
-}
+Curve = Callable[[Tensor], Tensor]  # of t
 
 
 class CaddReplay:
@@ -49,7 +40,7 @@ class CaddReplay:
         self.alpha = self._curve("alpha", metadata, path)
         self.gamma = self._curve("gamma_bar", metadata, path)
 
-    def _curve(self, name: str, metadata: Mapping[str, str], path: Path) -> Callable[[Tensor], Tensor]:
+    def _curve(self, name: str, metadata: Mapping[str, str], path: Path) -> Curve:
         """A function of t: the metadata's formula, or the file's own table where that is no formula."""
         table = self.tensors.get(name)
         try:
@@ -216,8 +207,8 @@ def one_token_bound(
     table: Tensor,
     steps: int,
     kind: process.Estimator,
-    alpha: Callable[[Tensor], Tensor],
-    gamma: Callable[[Tensor], Tensor],
+    alpha: Curve,
+    gamma: Curve,
 ) -> tuple[float, float, float]:
     """The bound of a single token under the exact denoiser, by quadrature.
 
@@ -252,27 +243,82 @@ def one_token_bound(
     return float(-(prob * prob.log()).sum()), float(ce), float(squared)
 
 
-def _formula(text: str, path: Path) -> Callable[[Tensor], Tensor]:
-    """A function of t from text such as ``(1-t)^2`` or ``cos(pi t/2)^2``; nothing but arithmetic is understood."""
-    source = re.sub(r"(?<=[\w)])\s+(?=[\w(])", "*", text.strip()).replace("^", "**")
-    source = re.sub(r"(\d)(?=[a-df-z(])", r"\1*", source)
+def _formula(text: str, path: Path) -> Curve:
+    """A function of t from text such as ``(1-t)^2``, ``cos^2(pi t/2)`` or ``np.cos(np.pi*t/2)**2``.
+
+    Nothing but arithmetic is understood; a product needs no sign.
+    """
+    curve = _Formula(re.sub(r"\b(math|np|numpy|torch)\.", "", text.strip()))
     try:
-        tree = ast.parse(source, mode="eval").body
-    except SyntaxError:
-        raise ValueError(f"{path}: {text!r} in the metadata is no formula of t.") from None
+        whole = curve.sum()
+        if curve.words:
+            raise ValueError(curve.words[0])
+    except (ValueError, IndexError):
+        raise ValueError(f"{path}: {text!r} in the metadata is no formula of t that is understood here.") from None
+    return lambda t: whole(t) + torch.zeros_like(t)
 
-    def value(node: ast.AST, t: Tensor) -> Tensor:
-        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-            return torch.tensor(float(node.value), dtype=torch.float64)
-        if isinstance(node, ast.Name) and node.id in ("t", "pi"):
-            return t if node.id == "t" else torch.tensor(math.pi, dtype=torch.float64)
-        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-            return OPERATORS[type(node.op)](value(node.left, t), value(node.right, t))
-        if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
-            return OPERATORS[type(node.op)](value(node.operand, t))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS:
-            return FUNCTIONS[node.func.id](value(node.args[0], t))
-        raise ValueError(f"{path}: {text!r} in the metadata is no formula of t that is understood here.")
 
-    value(tree, torch.zeros((), dtype=torch.float64))
-    return lambda t: value(tree, t) + torch.zeros_like(t)
+class _Formula:
+    """Reads a formula from left to right; each method takes off the words of its part and returns a function of t."""
+
+    def __init__(self, text: str) -> None:
+        self.words = re.findall(r"\d+\.?\d*(?:e[-+]?\d+)?|\.\d+|[a-z]+|\*\*|\S", text.replace("\u03c0", "pi"))
+
+    def _take(self, *words: str) -> str:
+        """The next word if it is one of these, or nothing."""
+        return self.words.pop(0) if self.words and self.words[0] in words else ""
+
+    def _expect(self, word: str) -> None:
+        if not self._take(word):
+            raise ValueError(word)
+
+    def sum(self) -> Curve:
+        value = self._product()
+        while sign := self._take("+", "-"):
+            value = _joined(operator.add if sign == "+" else operator.sub, value, self._product())
+        return value
+
+    def _product(self) -> Curve:
+        value = self._signed()
+        while self.words and self.words[0] not in ("+", "-", ")", ","):
+            over = self._take("*", "/") == "/"
+            value = _joined(operator.truediv if over else operator.mul, value, self._signed())
+        return value
+
+    def _signed(self) -> Curve:
+        sign = self._take("+", "-")
+        if not sign:
+            return self._power()
+        value = self._signed()
+        return value if sign == "+" else lambda t: -value(t)
+
+    def _power(self) -> Curve:
+        value = self._atom()
+        return _joined(operator.pow, value, self._signed()) if self._take("^", "**") else value
+
+    def _atom(self) -> Curve:
+        word = self.words.pop(0)
+        if word == "t":
+            return lambda t: t
+        if word == "(":
+            value = self.sum()
+        elif word in FUNCTIONS:
+            power = self._signed() if self._take("^", "**") else None
+            self._expect("(")
+            inside, function = self.sum(), FUNCTIONS[word]
+            value = lambda t: function(inside(t))  # noqa: E731 - a short function of t like the others
+            value = value if power is None else _joined(operator.pow, value, power)
+        elif word == "pow":
+            self._expect("(")
+            base = self.sum()
+            self._expect(",")
+            value = _joined(operator.pow, base, self.sum())
+        else:
+            number = torch.tensor(math.pi if word == "pi" else float(word), dtype=torch.float64)
+            return lambda t: number
+        self._expect(")")
+        return value
+
+
+def _joined(operation: Callable[[Tensor, Tensor], Tensor], first: Curve, second: Curve) -> Curve:
+    return lambda t: operation(first(t), second(t))

@@ -1,6 +1,7 @@
 """One file of reference numbers of masked diffusion: its network, its inputs, and how each quantity is computed."""
 
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from lightningmodules.shared import masking
 from lightningmodules.shared.masking import Schedule
 
 LAST = 1e-5  # time at which the authors' sampler ends
+LEAST_TIME = 1e-3  # of the grid whose times of importance are recorded
 LARGEST_TIME = 1.0 - 1e-4  # of the weight 1 / t in discrete time
 TRUE = ("true", "1", "yes")
 
@@ -52,17 +54,17 @@ class MdlmReplay:
         """What computes each quantity."""
         one = functools.partial
         return {
-            "fwd.logits_sigma0": lambda: self._logits(self.tensors["fwd.xt"], None),
+            "fwd.logits_sigma0": lambda: self._logits(self.tensors["fwd.xt"], torch.zeros(len(self.tensors["fwd.xt"]))),
             "fwd.logits_sigma": lambda: self._logits(self.tensors["fwd.xt"], self.tensors["fwd.sigma"]),
             "fwd.subs_logprobs": lambda: self._subs(self.tensors["fwd.xt"], self.tensors["fwd.sigma"]),
-            "sched.sigma": lambda: self.schedule.total_noise(self.tensors["sched.t"]),
-            "sched.dsigma": lambda: self.schedule.noise_rate(self.tensors["sched.t"]),
+            "sched.sigma": lambda: total_noise(self.schedule, self.tensors["sched.t"]),
+            "sched.dsigma": lambda: noise_rate(self.schedule, self.tensors["sched.t"]),
             "sched.importance_t": lambda: importance_time(
-                self.schedule, (1.0 - self.eps) * self.tensors["sched.t"] + self.eps
+                self.schedule, (1.0 - LEAST_TIME) * self.tensors["sched.t"] + LEAST_TIME
             ),
             "loss.t": self._times,
-            "loss.sigma": lambda: self.schedule.total_noise(self._times()),
-            "loss.dsigma": lambda: self.schedule.noise_rate(self._times()),
+            "loss.sigma": lambda: total_noise(self.schedule, self._times()),
+            "loss.dsigma": lambda: noise_rate(self.schedule, self._times()),
             "loss.move_chance": self._move_chance,
             "loss.xt": self._noisy,
             "loss.nlls": self._nlls,
@@ -79,11 +81,13 @@ class MdlmReplay:
         }
 
     @torch.no_grad()
-    def _logits(self, tokens: Tensor, sigma: Tensor | None) -> Tensor:
+    def _logits(self, tokens: Tensor, sigma: Tensor) -> Tensor:
         return self.net(tokens, sigma)
 
     def _subs(self, tokens: Tensor, sigma: Tensor) -> Tensor:
-        logits = self._logits(tokens, sigma.flatten() if self.timed else None)
+        # a zero per row, as one for all takes another product of matrices, which rounds otherwise
+        sigma = sigma.flatten() if self.timed else torch.zeros(len(tokens))
+        logits = self._logits(tokens, sigma)
         return masking.subs_log_probs(logits, tokens, self.mask_id)
 
     def _times(self) -> Tensor:
@@ -94,22 +98,22 @@ class MdlmReplay:
         return masking.discretise(t, self.steps) if self.steps else t
 
     def _move_chance(self) -> Tensor:
-        return (1.0 - torch.exp(-self.schedule.total_noise(self._times()))).unsqueeze(1)
+        return (1.0 - torch.exp(-total_noise(self.schedule, self._times()))).unsqueeze(1)
 
     def _noisy(self) -> Tensor:
         return masking.corrupt(self.tensors["x0"], self.tensors["loss.u_x"] < self._move_chance(), self.mask_id)
 
     def _nlls(self) -> Tensor:
         t, tokens, x0 = self._times(), self._noisy(), self.tensors["x0"]
-        sigma = self.schedule.total_noise(t)
+        sigma = total_noise(self.schedule, t)
         log_p = self._subs(tokens, sigma).gather(-1, x0.unsqueeze(-1)).squeeze(-1)
         if self.steps:
+            t = t.clamp(max=LARGEST_TIME).unsqueeze(1)
+            weighted = -log_p / t * (tokens == self.mask_id)
             # 0 log(0 / 0) in the first step: not a number in their code, whatever the token
-            undefined = (t <= 1.0 / self.steps).unsqueeze(1) & self.tensors["loss.nlls"].isnan()
-            weighted = -log_p / t.clamp(max=LARGEST_TIME).unsqueeze(1) * (tokens == self.mask_id)
-            weighted = weighted.masked_fill(undefined, torch.nan)
+            weighted = weighted.masked_fill(t - 1.0 / self.steps == 0.0, torch.nan)
         else:
-            weighted = -log_p * (self.schedule.noise_rate(t) / torch.expm1(sigma)).unsqueeze(1)
+            weighted = -log_p * (noise_rate(self.schedule, t) / torch.expm1(sigma)).unsqueeze(1)
         return weighted * self.tensors["loss.attention_mask"]
 
     def _loss(self) -> Tensor:
@@ -117,7 +121,7 @@ class MdlmReplay:
         return (self._nlls().sum() / mask.sum()).view_as(self.tensors["loss.loss"])
 
     def _prediction(self) -> Tensor:
-        return self._subs(self.tensors["step.xt"], self.schedule.total_noise(self.tensors["step.t"])).exp()
+        return self._subs(self.tensors["step.xt"], total_noise(self.schedule, self.tensors["step.t"])).exp()
 
     def _reverse(self, cached: bool) -> Tensor:
         """Unnormalised law of the next tokens; ``cached``: the sampler that takes t itself for the masking chance."""
@@ -126,7 +130,7 @@ class MdlmReplay:
 
     def _law(self, p_x0: Tensor, t: Tensor, s: Tensor, cached: bool) -> Tensor:
         if not cached:
-            t, s = (1.0 - torch.exp(-self.schedule.total_noise(time)) for time in (t, s))
+            t, s = (1.0 - torch.exp(-total_noise(self.schedule, time)) for time in (t, s))
         q = p_x0 * (t - s).view(-1, 1, 1)
         q[:, :, self.mask_id] = s.view(-1, 1)
         return q
@@ -146,14 +150,14 @@ class MdlmReplay:
         for index, draws in enumerate(u):
             t = grid[index] * torch.ones(len(x), 1)
             if p_x0 is None:
-                p_x0 = self._subs(x, self.schedule.total_noise(t)).exp()
+                p_x0 = self._subs(x, total_noise(self.schedule, t)).exp()
                 evaluations += 1
             after = self._drawn(x, self._law(p_x0, t, t - dt, cached), draws)
             if self.timed or not cached or not torch.equal(after, x):
                 p_x0 = None
             x = after
             states.append(x)
-        sigma = self.schedule.total_noise(grid[-1] * torch.ones(len(x), 1))
+        sigma = total_noise(self.schedule, grid[-1] * torch.ones(len(x), 1))
         return torch.stack(states), self._subs(x, sigma).argmax(dim=-1), torch.tensor([evaluations + 1])
 
 
@@ -181,6 +185,37 @@ def schedule_of(text: str, path: Path) -> Schedule:
         f"{path}: noise={text!r} in the metadata is no known schedule: loglinear, cosine, cosinesqr,"
         " linear or geometric."
     )
+
+
+def total_noise(schedule: Schedule, t: Tensor) -> Tensor:
+    """Sigma with the roundings of the authors' float32, which the weights of the loss multiply near t = 0 and 1.
+
+    Source: kuleshov-group/mdlm, noise_schedule.py, ``total_noise``.
+    """
+    if isinstance(schedule, masking.LogLinear):
+        return -torch.log1p(-(1.0 - schedule.eps) * t)
+    if isinstance(schedule, masking.Cosine | masking.CosineSquared):
+        return -torch.log(schedule.eps + (1.0 - schedule.eps) * _wave(schedule, t))
+    return schedule.total_noise(t)
+
+
+def noise_rate(schedule: Schedule, t: Tensor) -> Tensor:
+    """D sigma / dt, as :func:`total_noise`.
+
+    Source: kuleshov-group/mdlm, noise_schedule.py, ``rate_noise``.
+    """
+    if isinstance(schedule, masking.LogLinear):
+        return (1.0 - schedule.eps) / (1.0 - (1.0 - schedule.eps) * t)
+    if isinstance(schedule, masking.Cosine | masking.CosineSquared):
+        angle = t * math.pi if isinstance(schedule, masking.CosineSquared) else t * math.pi / 2.0
+        slope = 0.5 * math.pi * ((1.0 - schedule.eps) * torch.sin(angle))
+        return slope / ((1.0 - schedule.eps) * _wave(schedule, t) + schedule.eps)
+    return schedule.noise_rate(t)
+
+
+def _wave(schedule: Schedule, t: Tensor) -> Tensor:
+    wave = torch.cos(t * math.pi / 2.0)
+    return wave.square() if isinstance(schedule, masking.CosineSquared) else wave
 
 
 def importance_time(schedule: Schedule, t: Tensor) -> Tensor:

@@ -123,10 +123,10 @@ class Block(nn.Module):
         """Transform a whole sequence, (B, L, channels); see :meth:`TokenTransformer.trunk`."""
         parts = self.adaLN_modulation(condition).unsqueeze(1).chunk(6, dim=-1)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts
-        branch = self._attend(torch.addcmul(shift, self.norm1(x), 1.0 + scale), rotation, mask)
-        x = torch.addcmul(x, gate, F.dropout(branch, self.dropout, self.training))
-        branch = self.mlp(torch.addcmul(shift_mlp, self.norm2(x), 1.0 + scale_mlp))
-        return torch.addcmul(x, gate_mlp, F.dropout(branch, self.dropout, self.training))
+        branch = self._attend(modulated(self.norm1(x), shift, scale), rotation, mask)
+        x = x + gate * F.dropout(branch, self.dropout, self.training)
+        branch = self.mlp(modulated(self.norm2(x), shift_mlp, scale_mlp))
+        return x + gate_mlp * F.dropout(branch, self.dropout, self.training)
 
     def _attend(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         rows, length, channels = x.shape
@@ -149,7 +149,7 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor, condition: Tensor, rows: int | None = None) -> Tensor:
         """Logits (..., rows) of hidden states (..., channels), of the first rows; ``condition`` broadcasts."""
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        x = torch.addcmul(shift, self.norm_final(hidden), 1.0 + scale)
+        x = modulated(self.norm_final(hidden), shift, scale)
         return F.linear(x, self.linear.weight[:rows], self.linear.bias[:rows])
 
 
@@ -343,6 +343,11 @@ def sinusoids(sigma: Tensor) -> Tensor:
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=sigma.device).float() / half)
     angles = sigma.float().unsqueeze(-1) * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Scale and shift: x (1 + scale) + shift, rounded after the product as well, as the authors' code is."""
+    return x * (1.0 + scale) + shift
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lightningmodules.cadd import golden
-from lightningmodules.cadd.replay_cadd import CaddReplay
+from lightningmodules.cadd.replay_cadd import CaddReplay, Curve
 from lightningmodules.cadd.replay_mdlm import MdlmReplay, schedule_of
 from lightningmodules.shared import masking
 
@@ -26,12 +26,18 @@ def verdicts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, 
     return {name: error <= tolerance for name, error, tolerance in golden.check(tensors, metadata, Path("file"))}
 
 
-@pytest.mark.parametrize("name", ["mdlm_tiny", "cadd_toy"])
+@pytest.mark.parametrize("name", ["mdlm_tiny", "mdlm_cosine", "mdlm_cosine2_steps", "cadd_toy"])
 def test_every_quantity_agrees(name: str) -> None:
     tensors, metadata = read(name)
     results = verdicts(tensors, metadata)
     assert results.keys() == golden.references(tensors)
     assert all(results.values()), results
+
+
+def test_a_subset_is_enough() -> None:
+    tensors, metadata = read("mdlm_cosine2_steps")
+    assert tensors.pop("loss.nlls").isnan().any()  # the first of the steps
+    assert verdicts(tensors, metadata)["loss.loss"]
 
 
 def test_a_wrong_weight_shows_everywhere_and_a_wrong_reference_alone() -> None:
@@ -94,7 +100,10 @@ def test_other_options_of_masked_diffusion(options: dict[str, str]) -> None:
     nats = -logits.log_softmax(-1).gather(-1, tensors["x0"].unsqueeze(-1)).squeeze(-1) * (tokens == 12)
     weight = 1 / t.clamp(max=1 - 1e-4) if steps else -slope / (1 - kept)
     expected = nats.double() * weight.unsqueeze(1) * tensors["loss.attention_mask"]
-    torch.testing.assert_close(recipes["loss.nlls"]().double(), expected.detach(), atol=2e-4, rtol=2e-4)
+    if steps:
+        expected[t < 1.5 / steps] = torch.nan  # theirs, in the first step
+    nlls = recipes["loss.nlls"]().double()
+    torch.testing.assert_close(nlls, expected.detach(), atol=2e-4, rtol=2e-4, equal_nan=True)
 
 
 def test_other_sizes_and_schedules_of_the_oracle() -> None:
@@ -113,9 +122,49 @@ def test_other_sizes_and_schedules_of_the_oracle() -> None:
     assert (gap[1] > gap[0]).all()
     joint = recipes["post.joint"]()
     torch.testing.assert_close(joint.sum(1), torch.ones(len(joint), dtype=torch.float64))
-    metadata["gamma_bar"] = "cos(pi t/2)^2"
-    curve = CaddReplay(tensors, metadata, Path("file")).recipes()["gamma_bar"]()
-    torch.testing.assert_close(curve, torch.cos(math.pi * torch.arange(5).double() / 8) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "curve"),
+    [
+        ("(1-t)(1+t)", lambda t: 1 - t * t),
+        ("1 - t**4", lambda t: 1 - t**4),
+        ("1 - 0.999 t", lambda t: 1 - 0.999 * t),
+        ("cos(pi t/2)^2", lambda t: torch.cos(math.pi * t / 2) ** 2),
+        ("cos^2(pi t/2)", lambda t: torch.cos(math.pi * t / 2) ** 2),
+        ("np.cos(np.pi*t/2)**2", lambda t: torch.cos(math.pi * t / 2) ** 2),
+        ("0.5(1+cos(pi t))", lambda t: (1 + torch.cos(math.pi * t)) / 2),
+        ("pow(1-t, 2)", lambda t: (1 - t) ** 2),
+        ("-t^2 + 1e0", lambda t: 1 - t * t),
+    ],
+)
+def test_formulas_of_the_metadata(text: str, curve: Curve) -> None:
+    tensors, metadata = read("cadd_toy")
+    del tensors["gamma_bar"]
+    metadata |= {"gamma_bar": text, "T": "4"}
+    ours = CaddReplay(tensors, metadata, Path("file")).recipes()["gamma_bar"]()
+    torch.testing.assert_close(ours, curve(torch.arange(5).double() / 4))
+
+
+@pytest.mark.parametrize("text", ["", "1-", "(1-t", "1-t)", "f(t)", "cos t", "__import__('os')"])
+def test_what_is_no_formula_is_refused_where_no_table_replaces_it(text: str) -> None:
+    tensors, metadata = read("cadd_toy")
+    metadata["gamma_bar"] = text
+    CaddReplay(tensors, metadata, Path("file"))
+    del tensors["gamma_bar"]
+    with pytest.raises(ValueError, match="is no formula of t"):
+        CaddReplay(tensors, metadata, Path("file"))
+
+
+def test_signal_may_be_flat_where_it_is_clean() -> None:
+    """With gamma = 1 - t^4 nearly all of the last step's noise is below any fixed share of it."""
+    tensors, metadata = read("cadd_toy")
+    metadata |= {"gamma_bar": "1-t^4", "T": "64"}
+    recipes = CaddReplay(tensors, metadata, Path("file")).recipes()
+    torch.testing.assert_close(recipes["coef.z0"]()[0], torch.ones((), dtype=torch.float64))
+    left = 1 - (torch.arange(65).double() / 64) ** 4
+    signal = recipes["coef.z0"]() + recipes["coef.zt"]() * left[1:].sqrt()
+    torch.testing.assert_close(signal, left[:-1].sqrt())  # the mean of the latent of a known token
 
 
 def test_unreadable_configurations_are_refused() -> None:
