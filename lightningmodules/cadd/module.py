@@ -189,7 +189,8 @@ class Cadd(GenerativeModule):
             logits = self.net.logits(hidden, condition, at, self.codec.mask_id).float()
             ce = F.cross_entropy(logits, targets, reduction="none")
             clean = self.latent_rows(targets) if clean is None else clean
-            squared = (clean - logits.softmax(dim=1) @ self.latent_rows()).square().sum(dim=1)
+            guess = process.estimate(logits.log_softmax(dim=1), self.latent_rows(), "soft")
+            squared = (clean - guess).square().sum(dim=1)
             mean = squared.detach().sum() / max(1, len(at))
             terms = {"loss": (weight * (ce + self.mse_coef * squared)).sum(), "squared_error": mean}
         else:
@@ -260,8 +261,8 @@ class Cadd(GenerativeModule):
         return masking.discretise(t.clamp(max=1.0 - 1e-12), self.discrete_steps) if self.discrete_steps else t
 
     def _eligible(self, batch: Batch, x0: Tensor) -> Tensor:
-        """Positions that may be masked: real tokens that are not given; (B, L) bool."""
-        eligible: Tensor = batch["valid"] if "valid" in batch else torch.ones_like(x0, dtype=torch.bool)
+        """Positions that may be masked: real tokens that are not given, and no mask already; (B, L) bool."""
+        eligible: Tensor = (x0 != self.codec.mask_id) & batch.get("valid", torch.ones_like(x0, dtype=torch.bool))
         if "given" in batch:
             eligible = eligible & ~batch["given"]
         lossy = getattr(getattr(self._trainer, "datamodule", None), "max_bad_fraction", 0.0)
@@ -348,7 +349,7 @@ class Cadd(GenerativeModule):
             log_probs = self.net.logits(hidden, condition, at[part], self.codec.mask_id).float().log_softmax(dim=1)
             nats[part] = -log_probs.gather(1, targets[part].unsqueeze(1)).squeeze(1).double()
             if clean is not None and table is not None:
-                error[part] = (clean[part] - log_probs.exp() @ table).square().sum(dim=1).double()
+                error[part] = (clean[part] - process.estimate(log_probs, table, "soft")).square().sum(dim=1).double()
         zero = torch.zeros(rows, dtype=torch.float64, device=x0.device)
         total, squared = (zero.index_add(0, row, values) for values in (nats, error))
         if clean is None:

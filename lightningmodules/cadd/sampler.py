@@ -141,11 +141,11 @@ class Denoiser:
             x = torch.nn.functional.pad(x, (0, width), value=self.mask_id)
             wanted = torch.cat([wanted, held[rows]], dim=1)
             positions, mask = shadow_layout(tokens.shape[1], width, start[rows])
-        parts = [
-            self._log_probs(x, wanted, t[rows], rows, which, shadows, positions, mask)
-            for which in range(self.particles)
-        ]
-        log_probs = parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(dim=0) - _log(len(parts))
+        log_probs = self._log_probs(x, wanted, t[rows], rows, 0, shadows, positions, mask)
+        for which in range(1, self.particles):
+            other = self._log_probs(x, wanted, t[rows], rows, which, shadows, positions, mask)
+            log_probs = torch.logaddexp(log_probs, other, out=log_probs)
+        log_probs = log_probs if self.particles == 1 else log_probs - _log(self.particles)
         if held is None:
             return log_probs, log_probs[:0]
         real = torch.zeros_like(wanted)
@@ -225,11 +225,13 @@ class Denoiser:
             self.z.index_copy_(1, at, process.estimate(log_probs[kept], self.table, "soft").unsqueeze(0))
             self.z.index_fill_(1, again, 0.0)
             return
-        clean, fresh = self._estimate(log_probs, kept, at), self._normal(staying)
+        clean = self._estimate(log_probs, kept, at)
         gamma_t, gamma_s = self.gamma.keep(t), self.gamma.keep(s)
         step = process.reverse_step(gamma_t, gamma_s, path=self.motion.path, eta=self.motion.eta)
         z0, zt, std = torch.stack(step).float()[:, at // self.length].unsqueeze(2)
-        z = self.z.index_select(1, at).mul_(zt).addcmul_(z0, clean).addcmul_(std, fresh)
+        z = self.z.index_select(1, at).mul_(zt).addcmul_(z0, clean)
+        if self.motion.path == "vp" and self.motion.eta > 0:
+            z.addcmul_(std, self._normal(staying))
         self.z.index_copy_(1, at, z)
         if len(again):  # as if just masked: around the token that was there
             around = self.table[before.flatten()[again]]

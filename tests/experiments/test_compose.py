@@ -39,6 +39,13 @@ def test_composes_completely(name: str, tiny: bool) -> None:
         assert not signature.filled or plain <= set(node), key
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("cadd_", "mdlm_", "causal_"))])
+def test_what_is_published_can_be_measured(name: str) -> None:
+    """``evaluate`` measures with the callbacks of the recipe: texts by ``quality``, pictures by ``fid``."""
+    cfg = composed(name, False)
+    assert ("fid" if cfg.module.codec._target_.endswith("PixelTokens") else "quality") in cfg.callbacks
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_states_what_it_is(name: str) -> None:
     content = read(EXPERIMENTS / f"{name}.yaml").content

@@ -20,6 +20,7 @@ from lightningmodules.cadd.straightforward import Straightforward
 from lightningmodules.shared.codecs import HOLE, PixelTokens, Tokens
 from lightningmodules.shared.conditioning import Condition
 from lightningmodules.shared.masking import Cosine, LogLinear
+from lightningmodules.shared.noise import SampleNoise
 
 V, L, ROWS = 6, 8, 4
 
@@ -159,6 +160,10 @@ def test_padding_and_given_tokens_are_neither_masked_nor_scored() -> None:
     assert torch.equal(before, value(module, changed))
     changed["tokens"][:, 0] = (changed["tokens"][:, 0] + 1) % V
     assert not torch.equal(before, value(module, changed))  # given tokens are seen
+    changed["tokens"][1, 3] = module.codec.mask_id  # as a tokenizer with a mask of its own may write
+    assert module._eligible(changed, changed["tokens"])[1].tolist() == [False, True, True, False, True, True] + [
+        False
+    ] * (L - 6)
 
 
 # ---- bound ----
@@ -230,6 +235,22 @@ def test_samples_depend_on_their_seed_alone_and_keep_what_is_given(latent: Any, 
     frames = module.trajectory([5, 6, 7], condition, steps=4, **settings)
     assert torch.equal(frames[-1], together)
     assert (frames[0] == V).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "again"), [({"latent_path": "flow"}, {}, False), ({}, {"eta": 0.0}, False), ({}, {}, True)]
+)
+def test_noise_is_drawn_where_it_is_used(options: dict[str, Any], settings: dict[str, Any], again: bool) -> None:
+    class Counted(SampleNoise):
+        calls = 0
+
+        def normal_at(self, where: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            self.calls += 1
+            return super().normal_at(where, *shape, dtype=dtype)
+
+    noise = Counted([0, 1])
+    room(**options).sample([0, 1], steps=4, noise=noise, **settings)
+    assert (noise.calls > 1) == again
 
 
 @pytest.mark.parametrize("latent", ["on", "selfcond"])

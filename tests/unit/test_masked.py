@@ -19,6 +19,7 @@ from lightningmodules.shared.masking import (
     Shifted,
 )
 from lightningmodules.shared.noise import SampleNoise
+from lightningmodules.shared.samplers import masked
 from lightningmodules.shared.samplers.masked import Draw, Drawn, Plan, Wino, best, reveal, wino
 
 V, LENGTH = 5, 12
@@ -164,7 +165,7 @@ def test_surest_come_first() -> None:
         assert revealed == list(range(LENGTH))[::-1]
 
 
-@pytest.mark.parametrize(("counts", "expected"), [("even", [3, 3, 2, 2, 2]), ("floor", [2, 2, 2, 3, 3])])
+@pytest.mark.parametrize(("counts", "expected"), [("even", [3, 3, 2, 2, 2]), ("floor", [2, 2, 2, 2, 4])])
 def test_numbers_per_step(counts: str, expected: list[int]) -> None:
     _, frames = run(Plan(LogLinear(), 5, "random", counts=counts), 1)
     masks = [int((frame == V).sum()) for frame in frames]
@@ -183,6 +184,20 @@ def test_the_law_of_the_next_masks() -> None:
     assert found.tokens.max() < V
     again = [((after == V) & (before != V)).any() for before, after in itertools.pairwise(frames)]
     assert any(again)
+
+
+@pytest.mark.parametrize("many", [1, 3 * V, 7 * V])
+def test_what_is_handled_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch, many: int) -> None:
+    plan = Plan(LogLinear(), 5, "entropy")
+    draw = Draw(temperature=0.8, temperature_start=2.0, top_k=4, top_p=0.9)
+    log_probs, u = torch.randn(9, V).log_softmax(1), torch.rand(9).double()
+    t = torch.linspace(0, 1, 9).double()
+    shaped, whole = draw.shape(log_probs, t), run(plan, 3)[0].tokens
+    tokens = draw.tokens(shaped, u)
+    monkeypatch.setattr(masked, "MANY", many)
+    assert torch.equal(draw.shape(log_probs, t), shaped)
+    assert torch.equal(draw.tokens(shaped, u), tokens)
+    assert torch.equal(run(plan, 3)[0].tokens, whole)
 
 
 def test_draws_follow_the_probabilities() -> None:

@@ -4,6 +4,7 @@ A sampler decides which masked positions are revealed at a step; a model says wh
 it carries beside the tokens. Positions that are not free are never changed. A row's draws depend on that row alone.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ Grid = Literal["linear", "cosine"]
 DraftBy = Literal["drawn", "likeliest"]
 Watch = Callable[[Tensor], None]
 SURE = 1e-300  # least probability whose logarithm is taken
+MANY = 1 << 26  # log-probabilities that are handled at a time, as what is made of them takes several times their memory
+LAST = 1e-3  # time at which the grid of Dream's decoder ends
 
 
 class Predictor(Protocol):
@@ -84,6 +87,9 @@ class Draw:
 
     def shape(self, log_probs: Tensor, t: Tensor) -> Tensor:
         """Normalised log-probabilities (N, V) after temperature and cuts; ``t`` (N,) is the time of each."""
+        return in_parts(self._shaped, log_probs, t)
+
+    def _shaped(self, log_probs: Tensor, t: Tensor) -> Tensor:
         given = log_probs
         if self.temperature_start is not None:
             height = torch.sin(0.5 * math.pi * t)
@@ -105,11 +111,30 @@ class Draw:
         """One token per row of shaped log-probabilities (N, V), from (N,) draws in [0, 1)."""
         if self.temperature == 0.0 and self.temperature_start is None:
             return log_probs.argmax(dim=1)
+        return in_parts(self._drawn, log_probs, uniform)
+
+    def _drawn(self, log_probs: Tensor, uniform: Tensor) -> Tensor:
         cumulative = log_probs.to(self.dtype).exp().cumsum(dim=1)
         total = cumulative[:, -1:]
         wanted = uniform.to(self.dtype).unsqueeze(1) * total
         wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(cumulative, wanted, right=True).squeeze(1)
+
+
+def in_parts(function: Callable[..., Tensor], log_probs: Tensor, *others: Tensor) -> Tensor:
+    """A function of rows, (N, V) and others (N,), applied to as many at a time as fit into ``MANY`` numbers."""
+    rows = max(1, MANY // max(1, log_probs.shape[1]))
+    if len(log_probs) <= rows:
+        return function(log_probs, *others)
+    parts = zip(*(tensor.split(rows) for tensor in (log_probs, *others)), strict=True)
+    found: Tensor | None = None
+    for number, part in enumerate(parts):
+        values = function(*part)
+        if found is None:
+            found = values.new_empty(len(log_probs), *values.shape[1:])
+        found[number * rows : number * rows + len(values)] = values
+    assert found is not None
+    return found
 
 
 class Drawn(NamedTuple):
@@ -141,7 +166,7 @@ class Plan:
             per step: at random, or by the largest probability, the largest margin between the two largest, or the least
             entropy.
         counts: how many: "even" spreads them, "schedule" leaves the expected number masked (rounded), "floor" takes
-            floor(masked (1 - s / t)).
+            floor(masked (1 - s / t)) with times that end at 1e-3 (HKUNLP/Dream, its decoder's).
         order_temperature: scores are divided by it and Gumbel noise is added; 0 for none.
         block: positions per block, revealed one block after the other; 0 for all at once.
         remask: let revealed tokens be masked again: with probability min(strength, most) ("cap"), strength x most
@@ -300,6 +325,7 @@ def _numbers(plan: Plan, open_: Tensor, free: Tensor, t: Tensor, s: Tensor, left
     if plan.counts == "even":
         return (count + left - 1) // left
     if plan.counts == "floor":
+        t, s = (LAST + (1.0 - LAST) * time for time in (t, s))
         return (count * (1.0 - s / t)).floor().long()
     return (count - (free * plan.schedule.lost(s)).round().long()).clamp(min=0)
 
@@ -309,7 +335,7 @@ def _chosen(plan: Plan, log_probs: Tensor, where: Tensor, open_: Tensor, number:
     scores = torch.full(where.shape, -torch.inf, dtype=torch.float64, device=where.device)
     if plan.order == "random":
         return best(noise.uniform(where.shape[1], dtype=torch.float64).to(where.device), open_, number)
-    scores[where] = _score(plan.order, log_probs)
+    scores[where] = in_parts(functools.partial(_score, plan.order), log_probs)
     if plan.order_temperature > 0:
         uniform = noise.uniform(where.shape[1], dtype=torch.float64).to(where.device)
         scores = scores / plan.order_temperature - torch.log(-torch.log(uniform.clamp(min=SURE)))
