@@ -158,6 +158,8 @@ def _size(module: GenerativeModule, batch: Mapping[str, Any], rows: int) -> tupl
     if not hasattr(module.codec, "tokenizer"):
         return rows * math.prod(module.codec.shape), 0
     tokens, valid = module.codec.encode(batch).cpu(), batch["valid"].cpu()
+    if "given" in batch:
+        valid = valid & ~batch["given"].cpu()
     texts = [module.codec.decode(row[real][None])[0] for row, real in zip(tokens, valid, strict=True)]
     return int(valid.sum()), sum(map(len, texts))
 

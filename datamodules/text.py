@@ -34,7 +34,8 @@ class Text(ShardData):
     A batch is a dict: "tokens" int64 (B, T); "valid" bool (B, T), False where no token stands; "key" list of B
     strings, key of the first document of a row and the token it starts with there; with ``documents`` also "document"
     int32 (B, T), the number of the document inside the row or -1, and "position" int64 (B, T), the place inside the
-    document, from which block-diagonal attention and its positions follow; with classes "label" int64 (B,).
+    document, from which block-diagonal attention and its positions follow; with ``given_to`` also "given" bool (B, T),
+    True in the part of a document that is only read; with classes "label" int64 (B,).
 
     A document that cannot be read, or is not utf-8, leaves its places invalid. Raw text is tokenised once as a whole
     before the first start, to count its tokens (bytes need no counting); the counts are kept in the cache folder. From
@@ -57,6 +58,10 @@ class Text(ShardData):
         wrap: begin every row with the tokenizer's bos and end its content with eos; both count for ``length``. In mode
             "padded" this replaces ``add_eos``; with "pack" it is not possible.
         documents: whether batches have "document" and "position"; None for yes in mode "pack" alone.
+        given_to: text that ends the prompt of a document, in modes "padded" and "pack": all to the end of its first
+            occurrence is read, but neither learnt nor scored; a document without it in its first row is learnt as a
+            whole. It is found by the tokens that it has when it stands alone, so it should begin and end where tokens
+            do. "" for none.
         num_classes: number of classes of documents, for mode "padded"; 0 for none.
         label_offset: added to every stored class.
         batch_size: G, rows per update over all ranks and micro-batches.
@@ -88,6 +93,7 @@ class Text(ShardData):
         add_eos: bool = True,
         wrap: bool = False,
         documents: bool | None = None,
+        given_to: str = "",
         num_classes: int = 0,
         label_offset: int = 0,
         batch_size: int,
@@ -124,6 +130,7 @@ class Text(ShardData):
         self.add_eos = add_eos
         self.wrap = wrap
         self.documents = mode == "pack" if documents is None else documents
+        self.given_to = given_to
         self.num_classes = num_classes
         self.label_offset = label_offset
         least = 3 if wrap else 1
@@ -134,6 +141,7 @@ class Text(ShardData):
                 "mode": (mode in MODES, " or ".join(MODES), "concat"),
                 "wrap": (not (wrap and mode == "pack"), "false with data.mode=pack", "false"),
                 "documents": (not (wrap and self.documents), "false with data.wrap=true", "false"),
+                "given_to": (not given_to or mode != "concat", "no text with data.mode=concat", "''"),
                 "num_classes": (num_classes == 0 or (num_classes > 0 and mode == "padded"), classed, "0"),
             }
         )
@@ -214,6 +222,9 @@ class Text(ShardData):
                 raise ValueError(_lacking("data.wrap", "a bos and an eos"))
             if behind and eos is None:
                 raise ValueError(_lacking("data.add_eos", "an eos"))
+            given = tuple(np.asarray(self.tokenizer.encode(self.given_to)).tolist()) if self.given_to else ()
+            if self.given_to and not given:
+                raise ValueError(f"data.given_to={self.given_to!r} has no token under this tokenizer. Choose another.")
             pads = (self.tokenizer.pad, eos, 0)
             self._layout = RowLayout(
                 length=self.length,
@@ -221,6 +232,7 @@ class Text(ShardData):
                 edges=(bos, eos) if self.wrap and bos is not None and eos is not None else None,
                 filler=next(mark for mark in pads if mark is not None),
                 documents=self.documents,
+                given=given,
             )
         return self._layout
 

@@ -34,6 +34,7 @@ class RowLayout:
         edges: tokens at the beginning and at the end of every row; None for none.
         filler: token at places that hold nothing.
         documents: whether batches say where documents begin and end.
+        given: tokens that end the given part of a document; none for no such part.
     """
 
     length: int
@@ -41,6 +42,7 @@ class RowLayout:
     edges: tuple[int, int] | None
     filler: int
     documents: bool
+    given: tuple[int, ...] = ()
 
     @property
     def room(self) -> int:
@@ -126,7 +128,7 @@ class TokenReader:
             "tokens": int64 (B, T); "valid": bool (B, T), False where no token stands, because the row is not full or a
             document cannot be read; "key": B names of rows. With ``documents`` also "document": int32 (B, T), number of
             the document inside the row, -1 where there is none; "position": int64 (B, T), place inside the document.
-            With classes "label": int64 (B,).
+            With a given part "given": bool (B, T), True in it. With classes "label": int64 (B,).
 
         Raises:
             ValueError: more documents are unusable than allowed.
@@ -143,6 +145,8 @@ class TokenReader:
         batch: Batch = {"tokens": torch.from_numpy(tokens), "valid": torch.from_numpy(valid)}
         if layout.documents:
             batch |= self._borders(shape, pieces, starts)
+        if layout.given:
+            batch["given"] = torch.from_numpy(self._given(tokens, pieces, starts))
         if self._classes is not None:
             batch["label"] = torch.from_numpy(labels)
         firsts = np.searchsorted(planned.row, np.arange(len(positions)))
@@ -177,6 +181,19 @@ class TokenReader:
                 tokens[np.arange(len(tokens)), columns] = mark
                 valid[np.arange(len(tokens)), columns] = True
         return valid
+
+    def _given(self, tokens: Ints, pieces: Pieces, starts: Ints) -> Flags:
+        """Places from the beginning of a document to the end of the first mark in it, bool (B, T)."""
+        flat, mark = tokens.reshape(-1), np.array(self.layout.given)
+        hits = np.flatnonzero(flat[: flat.size - len(mark) + 1] == mark[0])
+        for offset in range(1, len(mark)):
+            hits = hits[flat[hits + offset] == mark[offset]]
+        ends = np.append(hits, flat.size)[np.searchsorted(hits, starts)] + len(mark)
+        found = (ends <= starts + pieces.length) & (pieces.begin == 0)
+        lengths = np.where(found, ends - starts, 0)
+        given = self._buffers.take(tokens.shape, np.bool_)
+        _spread(starts, lengths, np.ones(len(starts), dtype=np.bool_), False, given)
+        return given
 
     def _borders(self, shape: tuple[int, int], pieces: Pieces, starts: Ints) -> Batch:
         """Number of the document inside the row, and the place inside the document, of every token."""

@@ -140,4 +140,5 @@ class Causal(GenerativeModule):
 
 
 def _valid(batch: Batch, tokens: Tensor) -> Tensor:
-    return batch["valid"].to(tokens.device) if "valid" in batch else torch.ones_like(tokens, dtype=torch.bool)
+    valid = batch["valid"] if "valid" in batch else torch.ones_like(tokens, dtype=torch.bool)
+    return (valid & ~batch["given"] if "given" in batch else valid).to(tokens.device)

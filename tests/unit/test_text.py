@@ -347,3 +347,32 @@ def test_pretokenize(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtur
     for row in rows(data, 17):
         assert CHARACTERS.decode(row["tokens"][row["valid"]]) == document(int(row["key"][1:]))[:T]
         assert int(row["label"]) == int(row["key"][-1])
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("mode", ["padded", "pack"])
+def test_the_prompt_of_a_document_is_marked(tmp_path: Path, mode: str) -> None:
+    texts = ["ab->cd", "->e", "f->g->h", "none", "late->", "", "a->b", "no>-pe", "too long a prompt->x"]
+    write_tar(tmp_path / "train-000000.tar", {f"d{i}": {"txt": text.encode()} for i, text in enumerate(texts)})
+    data = text(tmp_path, val=None, mode=mode, given_to="->", batch_size=3, length=16, documents=True)
+    seen = {}
+    for row in islice(rows(data), 9 if mode == "padded" else 5):
+        for number in range(int(row["document"].max()) + 1):
+            here = row["document"] == number
+            tokens, given = row["tokens"][here], row["given"][here]
+            seen[Bytes().decode(tokens)] = Bytes().decode(tokens[given])
+        assert not row["given"][row["document"] < 0].any()
+    expected = {name[:16]: name[: name.find("->") + 2] if "->" in name[:16] else "" for name in texts}
+    if mode == "pack":  # the rest of a long document is no prompt
+        expected[texts[-1][16:]] = ""
+    assert {**expected, **seen} == expected
+    assert len(seen) >= 6
+
+
+def test_prompts_need_whole_documents_and_a_mark_with_tokens(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.given_to=x: expected no text with data\.mode=concat"):
+        text(root, given_to="x")
+    with pytest.raises(ValueError, match="given_to='!' has no token"):
+        text(root, mode="padded", given_to="!", tokenizer=Characters(normalise="text8", eos=False), add_eos=False)
