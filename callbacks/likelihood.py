@@ -42,6 +42,11 @@ class Likelihood(AtValidations):
         classify: also classify by ``arg max_c log p(x | c)``; costs one likelihood per class.
         classify_settings: keywords of the room's ``classify``, for example ``{draws: 4}``.
         max_batches: per rank; None for all held-out data.
+        options: more keywords of the room's ``log_likelihood`` or ``bound``, for example ``{draws: 16, steps: 64}``:
+            the bound of a sampler of 64 steps instead of that in continuous time.
+
+    Raises:
+        ValueError: the room's likelihood has no such option.
     """
 
     def __init__(
@@ -52,11 +57,24 @@ class Likelihood(AtValidations):
         classify: bool = True,
         classify_settings: Mapping[str, Any] | None = None,
         max_batches: int | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.conditional = conditional
+        self.conditional, self.options = conditional, plain(options or {})
         self.every, self.classify, self.max_batches = every, classify, max_batches
         self.classify_settings: dict[str, Any] = plain(classify_settings or {})
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check before anything is trained."""
+        method = getattr(pl_module, "bound", getattr(pl_module, "log_likelihood", None))
+        known = inspect.signature(method).parameters if method is not None else {}
+        for name in self.options:
+            if name not in known or name in ("batch", "seeds", "conditional"):
+                others = ", ".join(other for other in known if other not in ("batch", "seeds", "conditional")) or "none"
+                raise ValueError(
+                    f"callbacks.likelihood.options.{name}: the likelihood of {type(pl_module).__name__} has no such"
+                    f" option; it has {others}."
+                )
 
     def at_validation(self, trainer: L.Trainer, module: GenerativeModule) -> bool:
         """Measure on all held-out data."""
@@ -79,6 +97,7 @@ class Likelihood(AtValidations):
             "levels": getattr(module.codec, "levels", None),
             "noise": "seeded by key",
             "nonfinite": round(infinite),
+            **({"options": self.options} if self.options else {}),
         }
         bits = -nats / math.log(2) if not infinite else math.inf
         if characters:
@@ -118,7 +137,7 @@ class Likelihood(AtValidations):
             if module.stop_requested():
                 return None
             batch = trainer.strategy.batch_to_device(batch)
-            how = {} if self.conditional else {"conditional": False}
+            how = {**self.options, **({} if self.conditional else {"conditional": False})}
             found = None if bound is None else bound(batch, seeds=seeds_of(batch), **how)
             given = likelihood(batch, seeds=seeds_of(batch), **how) if found is None else found.log_likelihood()
             nats = given.double().cpu()

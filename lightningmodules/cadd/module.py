@@ -297,29 +297,32 @@ class Cadd(GenerativeModule):
     # ---- likelihood -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def log_likelihood(
-        self, batch: Batch, *, seeds: Sequence[int] | None = None, conditional: bool = True, draws: int = 4
-    ) -> Tensor:
+    def log_likelihood(self, batch: Batch, *, seeds: Sequence[int] | None = None, **settings: Any) -> Tensor:
         """Lower bound on the log-probability of rows, (B,) nats; see :meth:`bound`, whose arguments it takes."""
-        return self.bound(batch, seeds=seeds, conditional=conditional, draws=draws).log_likelihood()
+        return self.bound(batch, seeds=seeds, **settings).log_likelihood()
 
     @torch.no_grad()
     def bound(
-        self, batch: Batch, *, seeds: Sequence[int] | None = None, conditional: bool = True, draws: int = 4
+        self,
+        batch: Batch,
+        *,
+        seeds: Sequence[int] | None = None,
+        conditional: bool = True,
+        draws: int = 4,
+        steps: int = 0,
     ) -> Bound:
-        """The continuous-time bound on -log p of rows: cross-entropy of the tokens plus squared error of the latent.
+        """The bound on -log p of rows: cross-entropy of the tokens plus squared error of the latent.
 
         Args:
             batch: as in training.
             seeds: one per row for masks, times and latents; None draws from the default generator.
             conditional: log p(row | label) where the network knows classes.
-            draws: masked versions of every row, spread evenly over the number of masks.
+            draws: masked versions of every row, spread evenly over the number of masks, or over the steps.
+            steps: of the sampler whose bound it is; 0 for continuous time.
 
         Returns:
             Unbiased draws of the bound. The estimate of the clean latent is the soft one. A network that conditions on
             its own predictions is taken without them.
-
-        Source: arXiv 2406.07524, equation 10; with a latent the integral of -SNR' / 2 times the squared error besides.
         """
         x0 = self.codec.encode(batch)
         eligible = self._eligible(batch, x0)
@@ -327,21 +330,20 @@ class Cadd(GenerativeModule):
         if seeds is None:
             seeds = torch.randint(2**62, (len(x0),)).tolist()
         noise = SampleNoise(seeds, x0.device)
-        parts = [self._bound_of(batch, x0, eligible, labels, noise, (k, draws)) for k in range(draws)]
+        parts = [self._bound_of(batch, x0, eligible, labels, noise, (k, draws, steps)) for k in range(draws)]
         t, ce, continuous = (torch.stack(values) for values in zip(*parts, strict=True))
         return Bound(t, ce, continuous, eligible.sum(dim=1))
 
     def _bound_of(
-        self, batch: Batch, x0: Tensor, eligible: Tensor, labels: Tensor | None, noise: Noise, which: tuple[int, int]
+        self, batch: Batch, x0: Tensor, eligible: Tensor, labels: Tensor | None, noise: Noise, which: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, length = x0.shape
         share = (noise.uniform(1, dtype=torch.float64).squeeze(1) + which[0]) / which[1]
         uniform = noise.uniform(length, dtype=torch.float64)
-        masked, lost, weight = masking.count_masks(uniform, eligible, share)
-        t = self.alpha.time_of(lost)
-        at = masked.flatten().nonzero().squeeze(1)
+        draw = process.masks(uniform, eligible, share, which[2], self.alpha, self.gamma, self.latent_path)
+        at = draw.masked.flatten().nonzero().squeeze(1)
         latent = noise.normal(length, self.net.hidden).flatten(0, 1)[at] if self.latent == "on" else None
-        hidden, condition, clean = self._encode(batch, x0, masked, at, t, labels, latent)
+        hidden, condition, clean = self._encode(batch, x0, draw.masked, at, draw.t, labels, latent)
         row, targets = at // length, x0.flatten()[at]
         nats = torch.zeros(len(at), dtype=torch.float64, device=x0.device)
         error, table = torch.zeros_like(nats), None if clean is None else self.latent_rows()
@@ -352,10 +354,7 @@ class Cadd(GenerativeModule):
                 error[part] = (clean[part] - process.estimate(log_probs, table, "soft")).square().sum(dim=1).double()
         zero = torch.zeros(rows, dtype=torch.float64, device=x0.device)
         total, squared = (zero.index_add(0, row, values) for values in (nats, error))
-        if clean is None:
-            return t, weight * total, zero
-        rate = process.squared_error_rate(self.gamma.keep(t), self.gamma.rate(t), self.latent_path)
-        return t, weight * total, weight * squared * rate * lost / self.alpha.rate(t)
+        return draw.t, draw.tokens * total, zero if clean is None else draw.latent * squared
 
     # ---- sampling -------------------------------------------------------------------------------------------------
 

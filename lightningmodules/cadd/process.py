@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightningmodules.shared import masking
+from lightningmodules.shared.masking import Schedule
+
 Estimator = Literal["hard", "soft", "sampled"]
 Path = Literal["vp", "flow"]
 LEAST = 1e-12  # of the noise share that is divided by, in float64
@@ -230,3 +233,55 @@ def step_bound(flip: Tensor, keep: Tensor, weight: Tensor, cross_entropy: Tensor
         of two Gaussians.
     """
     return flip * cross_entropy + keep * weight * squared_error
+
+
+class Masks(NamedTuple):
+    """A draw of the bound: what is masked, and what the prediction's errors there count.
+
+    Attributes:
+        masked: (B, L) bool.
+        t: time, (B,) float64.
+        tokens: factor of the sum of cross-entropies, (B,).
+        latent: factor of the sum of squared errors of the latent, (B,).
+    """
+
+    masked: Tensor
+    t: Tensor
+    tokens: Tensor
+    latent: Tensor
+
+
+def masks(
+    uniform: Tensor,
+    eligible: Tensor,
+    share: Tensor,
+    steps: int,
+    alpha: Schedule,
+    gamma: Schedule,
+    path: Path = "vp",
+) -> Masks:
+    """Draw what is masked, for the bound in continuous time or for that of a sampler with even steps.
+
+    Args:
+        uniform: (B, L) float64 draws in [0, 1), one per token.
+        eligible: (B, L) bool, tokens that can be masked.
+        share: (B,) in [0, 1): which number of masks, see :func:`masking.count_masks`, or which step.
+        steps: of the sampler, 0 for continuous time.
+        alpha: share of tokens kept over time.
+        gamma: share of the latent's signal left over time.
+        path: see :func:`signal_and_noise`.
+
+    Source: arXiv 2406.07524, equation 10, and with a latent the integral of -SNR' / 2 times the squared error besides;
+        for steps :func:`step_bound`.
+    """
+    if not steps:
+        masked, lost, weight = masking.count_masks(uniform, eligible, share)
+        t = alpha.time_of(lost)
+        rate = squared_error_rate(gamma.keep(t), gamma.rate(t), path)
+        return Masks(masked, t, weight, weight * rate * lost / alpha.rate(t))
+    place = (share.double() * steps).floor()
+    t, s = (place + 1.0) / steps, place / steps
+    lost, less = alpha.lost(t), alpha.lost(s)
+    weight = squared_error_weight(gamma.keep(t), gamma.keep(s), path)
+    masked = eligible & (uniform < lost.unsqueeze(1))
+    return Masks(masked, t, steps * (lost - less) / lost, steps * less / lost * weight)

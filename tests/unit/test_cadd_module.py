@@ -192,6 +192,27 @@ def test_bound_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parts.continuous.sum() > 0
 
 
+def test_bound_of_a_sampler_with_steps() -> None:
+    """A network that ignores its input: what each step adds is known, the last one of a latent nothing."""
+    module, data, steps = room(shake=0.0, latent="on"), batch(256), 4
+    one = module.bound(data, seeds=range(256), draws=1, steps=1)
+    torch.testing.assert_close(one.cross_entropy, torch.full((1, 256), L * math.log(V)).double())
+    assert (one.continuous == 0).all()
+    assert (one.t == 1).all()
+    found = module.bound(data, seeds=range(256), draws=steps, steps=steps)  # every step once
+    assert found.t.tolist() == [[(k + 1) / steps] * 256 for k in range(steps)]
+    assert (found.continuous[0] == 0).all()
+    assert found.cross_entropy.mean() == pytest.approx(L * math.log(V), rel=0.03)
+    with torch.no_grad():
+        table = module.latent_rows()
+        error = (table[data["tokens"]] - table.mean(dim=0)).square().sum().item() / 256
+    left = 1 - torch.arange(steps + 1).double() / steps  # of the signal, and of the tokens
+    weight = process.squared_error_weight(left[1:], left[:-1])
+    expected = error * float(((1 - left[:-1]) * weight).sum())
+    assert found.continuous.mean(dim=1).sum().item() / steps == pytest.approx(expected, rel=0.03)
+    assert module.log_likelihood(data, seeds=range(256), steps=64).mean() < 0
+
+
 def test_bound_of_a_latent_counts_both_parts() -> None:
     """A network that ignores its input on uniform tokens: the cross-entropy is exact, the latent costs extra."""
     module = room(shake=0.0, latent="on")

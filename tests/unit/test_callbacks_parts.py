@@ -238,6 +238,13 @@ def test_metrics_that_cannot_be_made_are_refused(tmp_path):
         fit(tmp_path, fid, data=NoPictures())
 
 
+def test_options_of_a_likelihood_are_those_the_room_knows(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"likelihood.options.steps: the likelihood of Bells has no such option; it has "
+    ):
+        fit(tmp_path, Likelihood(options={"steps": 4}))
+
+
 def test_noise_of_a_sample_follows_its_key():
     seeds = seeds_of({"key": ["a", "b", "a"]})
     assert seeds[0] == seeds[2] != seeds[1]
