@@ -96,6 +96,7 @@ class FrechetDistance(AtValidations):
             pl_module.resolve_weights(kind)
         if self.n < trainer.world_size:
             raise ValueError(f"callbacks.fid.n={self.n} is less than the {trainer.world_size} ranks. Raise n.")
+        pl_module.check_settings(self.settings)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the reference before the first update: what is missing should not be found out after a day."""

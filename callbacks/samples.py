@@ -72,6 +72,7 @@ class Samples(AtValidations):
         assert isinstance(pl_module, GenerativeModule)
         for kind in self.weights:
             pl_module.resolve_weights(kind)
+        pl_module.check_settings(self.settings)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -86,6 +86,36 @@ def prompted(
     return replace(condition or Condition(), prompt=tokens.expand(rows, -1))
 
 
+def asked_for(module: GenerativeModule, prompt: str, where: str) -> Condition:
+    """The condition of one sample with a prompt, checked before anything is drawn.
+
+    Args:
+        module: the room.
+        prompt: see :func:`prompted`.
+        where: what begins the messages.
+
+    Raises:
+        ValueError: the tokenizer or the model cannot take it, or it leaves nothing to draw.
+    """
+    try:
+        prompt.encode()
+        condition = prompted(module, None, prompt)
+        tokens = condition.prompt
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where} is not utf-8. Type it in a terminal, or write it in a file, of that encoding."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if tokens is not None:  # else a caption, which has its own length
+        length, longest = tokens.shape[1], module.codec.shape[0]
+        if length > longest or (length == longest and bool((tokens >= 0).all())):
+            raise ValueError(
+                f"{where} has {length} tokens, and a sample of this model has {longest}. Give a shorter one."
+            )
+    return condition
+
+
 def _numbers(tokenizer: Any, part: str) -> list[int]:
     """Tokens of a part of a text; one that cleans texts must not take it for a whole one and cut its outer spaces."""
     if getattr(tokenizer, "normalise", None) is None:

@@ -78,6 +78,10 @@ class TextQuality(AtValidations):
             pl_module.resolve_weights(kind)
         if self.n < trainer.world_size:
             raise ValueError(f"callbacks.quality.n={self.n} is less than the {trainer.world_size} ranks. Raise n.")
+        pl_module.check_settings(self.settings)
+        check = getattr(self.scorer, "check", None)
+        if check is not None:
+            check()
 
     def at_validation(self, trainer: L.Trainer, module: GenerativeModule) -> bool:
         """Measure, for every kind of weights."""

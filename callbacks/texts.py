@@ -10,7 +10,7 @@ from torch import Tensor
 
 from callbacks.features.text import unigram_entropy
 from callbacks.records import scalars, text
-from callbacks.sampling import guidance_of, plain, prompted
+from callbacks.sampling import asked_for, guidance_of, plain, prompted
 from callbacks.validations import AtValidations
 from lightningmodules.base import GenerativeModule
 
@@ -60,6 +60,17 @@ class Texts(AtValidations):
         assert isinstance(pl_module, GenerativeModule)
         for kind in self.weights:
             pl_module.resolve_weights(kind)
+        for name, least in (("n", 1), ("chunk", 1), ("film_every", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"callbacks.samples.{name}={getattr(self, name)}: expected at least {least}. For no samples set"
+                    " callbacks.samples=null."
+                )
+        for prompt in self.prompts or [None]:
+            condition = None
+            if prompt is not None:
+                condition = asked_for(pl_module, prompt, f"callbacks.samples.prompts: {prompt!r}")
+            pl_module.check_settings(self.settings, condition)
 
     def at_validation(self, trainer: L.Trainer, module: GenerativeModule) -> bool:
         """Draw everything that is due; give up between two tables when a stop is asked for."""
@@ -129,7 +140,12 @@ def film(states: Sequence[Tensor], codec: Any) -> list[str]:
     kept = [state for index, state in enumerate(states) if not index or not torch.equal(state, states[index - 1])]
     if len(kept) > FILM_LINES:
         kept = [kept[round(index * (len(kept) - 1) / (FILM_LINES - 1))] for index in range(FILM_LINES)]
-    return [codec.decode(state[None])[0].replace("\n", "\\n") for state in kept]
+    return [_visible(codec.decode(state[None])[0]) for state in kept]
+
+
+def _visible(shown: str) -> str:
+    """Text in one line: ends of lines and other characters that print nothing as Python writes them."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in shown)
 
 
 def table(rows: Sequence[Mapping[str, Any]], head: str) -> str:
@@ -141,8 +157,8 @@ def table(rows: Sequence[Mapping[str, Any]], head: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    shown = str(value)
-    for character, escape in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("\r", "")):
+    shown = "\n".join(map(_visible, str(value).replace("\r\n", "\n").split("\n")))
+    for character, escape in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;")):
         shown = shown.replace(character, escape)
     shown = "".join(f"\\{character}" if character in "\\`*_{}[]()#+-.!~" else character for character in shown)
     return shown.replace("  ", " &nbsp;").replace("\n", "<br>")

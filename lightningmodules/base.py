@@ -114,6 +114,17 @@ class GenerativeModule(L.LightningModule):
         """Samples in data space: ``codec.decode(sample(...))``."""
         return self.codec.decode(self.sample(seeds, condition, **settings))
 
+    def check_settings(self, settings: Mapping[str, Any], condition: Condition | None = None) -> None:
+        """Refuse what ``sample`` could not draw with, before there is a network and anything is trained.
+
+        Args:
+            settings: keywords of ``sample``; those left out are as its signature says.
+            condition: what it is asked for, such as a prompt.
+
+        Raises:
+            ValueError: settings that no sample could be drawn with. A room says here what it can tell by then.
+        """
+
     def configure_model(self) -> None:
         """Build, shard, then copy the shadows; in this order, so that shadows are sharded like their weights."""
         if self._built:

@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0.
     """
+    from callbacks.sampling import asked_for
     from platform import inpainting
     from platform.runs import device, load_module, use_decoder
 
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     draw = partial(_generate if gap is None else gap.fill, module)
     labels = _labels(module, args.seeds, args.label)
     if args.prompt is not None:
-        _check_prompt(module, args.prompt)
+        asked_for(module, args.prompt, "--prompt")
     request = {
         "run": str(Path(args.run).resolve()),
         "step": module.updates,
@@ -91,17 +92,6 @@ def _labels(module: Any, seeds: Sequence[int], label: int | None) -> dict[int, i
     return {seed: seed % module.num_classes if label is None else label for seed in seeds}
 
 
-def _check_prompt(module: Any, prompt: str) -> None:
-    from callbacks.sampling import prompted
-
-    tokens = prompted(module, None, prompt).prompt
-    if tokens is None:  # a caption, which has its own length
-        return
-    length, longest = tokens.shape[1], module.codec.shape[0]
-    if length > longest or (length == longest and bool((tokens >= 0).all())):
-        raise ValueError(f"--prompt has {length} tokens, and a sample of this model has {longest}. Type a shorter one.")
-
-
 def _write(
     module: Any,
     draw: Callable[..., Any],
@@ -124,7 +114,7 @@ def _write(
         file = out / f"{_stem(seed)}{TEXT if isinstance(sample, str) else PICTURE}"
         aside = file.with_suffix(f".{os.getpid()}.tmp")
         if isinstance(sample, str):
-            aside.write_text(sample, encoding="utf-8")
+            aside.write_bytes(sample.encode())
         else:
             Image.fromarray(sample[0] if len(sample) == 1 else sample.transpose(1, 2, 0)).save(aside, "PNG")
         os.replace(aside, file)
@@ -147,7 +137,7 @@ def _list(out: Path, seeds: Sequence[int]) -> Path:
     """One line of JSON per seed."""
     calls = json.loads((out / EVALUATIONS).read_text()) if (out / EVALUATIONS).is_file() else {}
     rows = [
-        {"seed": seed, "text": _file(out, seed).read_text(encoding="utf-8")}
+        {"seed": seed, "text": _file(out, seed).read_bytes().decode()}  # as it was drawn, whatever ends its lines
         | ({"evaluations": calls[str(seed)]} if str(seed) in calls else {})
         for seed in seeds
     ]

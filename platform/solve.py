@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 if TYPE_CHECKING:
     from callbacks.features.execution import Problem
 
-PROBLEMS = "problems.jsonl"
 TOO_LONG = "prompt too long"
 AT_ONCE = 16  # answers drawn together; their logits over a large vocabulary fill memory
 
@@ -22,8 +21,14 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what cannot or must not be run, before a model is loaded.
 
     Raises:
-        ValueError: execution is not allowed, or pass@k is asked for more answers than are drawn.
+        ValueError: execution is not allowed, pass@k is asked for more answers than are drawn, the file is no problem
+            file, or something else is asked for that is not measured with it.
     """
+    from callbacks.features import execution
+
+    for name in ("metrics", "n", "scorer", "mauve"):
+        if getattr(args, name, None) is not None:
+            raise ValueError(f"--{name} is not measured together with --problems. Type them in two commands.")
     if not args.allow_execution:
         raise ValueError(
             f"--problems {args.problems} runs what a model wrote on this machine: each program in its own process, in a"
@@ -33,6 +38,7 @@ def check(args: argparse.Namespace) -> None:
     most = max(args.k)
     if most > args.answers:
         raise ValueError(f"--k {most} needs as many answers per problem, --answers is {args.answers}. Raise it.")
+    execution.problems(Path(args.problems))
 
 
 def run(module: Any, settings: dict[str, Any], args: argparse.Namespace, folder: Path) -> None:
@@ -42,15 +48,16 @@ def run(module: Any, settings: dict[str, Any], args: argparse.Namespace, folder:
         module: a room that draws text, with the weights to measure active.
         settings: keywords of its ``sample``.
         args: ``problems`` (file), ``answers`` (per problem), ``k`` (list), ``timeout`` (seconds per program).
-        folder: ``problems.jsonl`` there says in its first line what was measured, and every answer and its outcome in
-            the others. Until all are there they stand in a file beside it, where the same command goes on.
+        folder: a file ``problems-...jsonl`` there says in its first line what was measured, and every answer and its
+            outcome in the others. Until all are there they stand in a file beside it, where the same command goes on.
+            Other settings have files of their own. pass@k is added to ``metrics.jsonl``.
 
     Raises:
-        ValueError: the model draws no text, the file is no problem file, or the same command is running already.
+        ValueError: the model draws no text, or the same command is running already.
     """
     from callbacks.features import execution
     from callbacks.features.text import pass_at_k
-    from platform.runs import device
+    from platform.runs import METRICS, device, make_out
 
     if getattr(module.codec, "tokenizer", None) is None:
         raise ValueError("--problems needs a model that writes text; this one does not. Leave --problems out.")
@@ -66,8 +73,34 @@ def run(module: Any, settings: dict[str, Any], args: argparse.Namespace, folder:
         "problems": hashlib.sha256(Path(args.problems).read_bytes()).hexdigest(),
     }
     first = _line(facts)
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f"{PROBLEMS}.{hashlib.sha256(first).hexdigest()[:8]}.part"
+    make_out(folder)
+    file = folder / f"problems-{Path(args.problems).stem}-{hashlib.sha256(first).hexdigest()[:8]}.jsonl"
+    if file.is_file():
+        done, _ = _parsed(file.read_bytes().splitlines(keepends=True)[1:], args.answers)
+        print(f"{file} holds them already")
+    else:
+        done = _measured(module, problems, settings, args, file, first)
+    long = sum(rows[0]["status"] == TOO_LONG for rows in done)
+    note = f", {long} of them with a prompt longer than the model reads" if long else ""
+    print(f"{len(problems)} problems{note}, {args.answers} answers each; answers: {file}")
+    passed = [sum(row["status"] == execution.PASSED for row in rows) for rows in done]
+    with (folder / METRICS).open("ab") as stream:
+        for k in args.k:
+            value = sum(pass_at_k(args.answers, count, k) for count in passed) / len(passed)
+            print(f"  pass@{k:<4} {value:.4f}")
+            stream.write(_line({"tag": f"metrics/pass@{k}", "value": value, "file": file.name, **facts}))
+
+
+def _measured(
+    module: Any,
+    problems: Sequence["Problem"],
+    settings: dict[str, Any],
+    args: argparse.Namespace,
+    file: Path,
+    first: bytes,
+) -> list[list[dict[str, Any]]]:
+    """Rows of all problems, which the file holds then."""
+    aside = file.with_suffix(".part")
     with aside.open("a+b") as stream:
         done = _begun(stream, first, args.answers)
         if done:
@@ -78,13 +111,8 @@ def run(module: Any, settings: dict[str, Any], args: argparse.Namespace, folder:
             stream.flush()
             done.append(rows)
         os.fsync(stream.fileno())
-        os.replace(aside, folder / PROBLEMS)
-    long = sum(rows[0]["status"] == TOO_LONG for rows in done)
-    note = f", {long} of them with a prompt longer than the model reads" if long else ""
-    print(f"{len(problems)} problems{note}, {args.answers} answers each; answers: {folder / PROBLEMS}")
-    passed = [sum(row["status"] == execution.PASSED for row in rows) for rows in done]
-    for k in args.k:
-        print(f"  pass@{k:<4} {sum(pass_at_k(args.answers, count, k) for count in passed) / len(passed):.4f}")
+        os.replace(aside, file)
+    return done
 
 
 def _begun(stream: BinaryIO, first: bytes, answers: int) -> list[list[dict[str, Any]]]:
@@ -101,13 +129,19 @@ def _begun(stream: BinaryIO, first: bytes, answers: int) -> list[list[dict[str, 
         stream.truncate(0)
         stream.write(first)
         return []
-    rows = [json.loads(line) for line in lines[1:]]
+    done, left = _parsed(lines[1:], answers)
+    stream.truncate(sum(map(len, lines[: len(lines) - left])))
+    return done
+
+
+def _parsed(lines: Sequence[bytes], answers: int) -> tuple[list[list[dict[str, Any]]], int]:
+    """Rows of every whole problem, and how many rows are left of one that is not."""
+    rows = [json.loads(line) for line in lines]
     done: list[list[dict[str, Any]]] = []
     while rows and (count := 1 if rows[0]["status"] == TOO_LONG else answers) <= len(rows):
         done.append(rows[:count])
         rows = rows[count:]
-    stream.truncate(sum(map(len, lines[: len(lines) - len(rows)])))
-    return done
+    return done, len(rows)
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +122,7 @@ def problems(file: Path) -> list[Problem]:
         ValueError: it is missing or has another format; the message names the line.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 inside a string, too
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read ({error}). Give a HumanEval or MBPP file, unpacked.") from error
     found = [_problem(file, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -136,10 +136,12 @@ def _problem(file: Path, number: int, line: str) -> Problem:
         row: dict[str, Any] = json.loads(line)
         if "entry_point" in row:
             tests = f"{row['test']}\ncheck({row['entry_point']})"
-            return Problem(str(row["task_id"]), row["prompt"], tests, stub=True)
-        checks: Iterable[str] = row["test_list"]
+            return Problem(str(row["task_id"]), _string(row, "prompt"), tests, stub=True)
+        checks: Sequence[str] = row["test_list"]
+        if not checks:
+            raise ValueError("test_list is empty, and any answer would pass")
         setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
-        prompt = f'"""\n{row.get("text") or row["prompt"]}\n{chr(10).join(checks)}\n"""\n'
+        prompt = f'"""\n{row.get("text") or _string(row, "prompt")}\n{chr(10).join(checks)}\n"""\n'
         more = row.get("test") or ""  # of MBPP+, whose test_list has the tests of MBPP alone
         return Problem(str(row["task_id"]), prompt, "\n".join([setup, *checks, more]), stub=False)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -147,6 +149,13 @@ def _problem(file: Path, number: int, line: str) -> Problem:
             f"{file}, line {number}: {type(error).__name__}: {error}. Expected a JSON object with task_id, prompt, test"
             " and entry_point (HumanEval), or with task_id, text and test_list (MBPP)."
         ) from error
+
+
+def _string(row: Mapping[str, Any], name: str) -> str:
+    value = row[name]
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}, not a string")
+    return value
 
 
 def _first_part(answer: str, stops: Iterable[str] = _STOPS) -> str:

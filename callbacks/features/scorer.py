@@ -16,6 +16,7 @@ from callbacks.features.text import scored_targets
 from lightningmodules.shared import pretrained
 
 CONFIG, WEIGHTS = "config.yaml", "weights.safetensors"  # names in a folder that ``weights export`` writes
+CAUSAL = "lightningmodules.causal.module.Causal"  # the room of models that score
 
 
 class Scorer(Protocol):
@@ -112,11 +113,17 @@ class Trained:
             raise ValueError(
                 f"callbacks.quality.scorer.folder={self.folder} has no {CONFIG} with {WEIGHTS}. Train and export one:"
                 " python -m platform fit causal_pydoc, then python -m platform weights export runs/causal_pydoc --out"
-                f" {self.folder}"
+                " weights/causal_pydoc, and give that folder"
             )
         self.name = self.folder.resolve().name
         self.digest = _digest(self.folder / WEIGHTS)
         self._config = yaml.safe_load((self.folder / CONFIG).read_text())
+        room = str(self._config["module"]["_target_"])
+        if room != CAUSAL:
+            raise ValueError(
+                f"callbacks.quality.scorer.folder={self.folder} holds weights of {room}; only a causal model scores"
+                " texts. Train one (python -m platform fit causal_pydoc) and export it."
+            )
         self.tokenizer = tokenizer or _build(self._config["data"]["tokenizer"])
         self._net: nn.Module | None = None
 
@@ -142,15 +149,19 @@ class Trained:
             row += (between if number else []) + self.tokenizer.encode(part).tolist()
         return row
 
-    def _load(self) -> nn.Module:
-        from safetensors.torch import load_file
-
+    def check(self) -> None:
+        """Refuse another vocabulary than that of the tokenizer, which the data has prepared by then."""
         known = self._config["module"]["net"].get("vocabulary")
         if known != self.tokenizer.size:
             raise ValueError(
                 f"callbacks.quality.scorer.folder={self.folder} knows {known} tokens, data.tokenizer"
                 f" has {self.tokenizer.size}. Give the scorer that was trained with this tokenizer."
             )
+
+    def _load(self) -> nn.Module:
+        from safetensors.torch import load_file
+
+        self.check()
         net: nn.Module = _build(self._config["module"]["net"])
         tensors = load_file(self.folder / WEIGHTS)
         net.load_state_dict({key.removeprefix("net."): value for key, value in tensors.items()})

@@ -1,5 +1,6 @@
 """CADD and its masked-diffusion baseline as a room of the house: draws noise, calls the formulas, reports terms."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -13,14 +14,14 @@ from lightningmodules.cadd import process
 from lightningmodules.cadd.adapted import Network
 from lightningmodules.cadd.network import layout
 from lightningmodules.cadd.process import Estimator, Path
-from lightningmodules.cadd.sampler import Denoiser, Latent, LatentMotion, canvas, noise_level
+from lightningmodules.cadd.sampler import Denoiser, Latent, asked, canvas, noise_level, nothing_guides
 from lightningmodules.cadd.weights import load_start, translate
 from lightningmodules.shared import masking
 from lightningmodules.shared.codecs import Batch, PixelTokens, Tokens
 from lightningmodules.shared.conditioning import Condition
 from lightningmodules.shared.masking import Bound, Schedule
 from lightningmodules.shared.noise import Noise, SampleNoise
-from lightningmodules.shared.samplers.masked import Counts, DraftBy, Draw, Grid, Order, Plan, Remask, Wino, reveal, wino
+from lightningmodules.shared.samplers.masked import Counts, DraftBy, Grid, Order, Plan, Remask, Wino, reveal, wino
 from lightningmodules.shared.sharding import whole
 from lightningmodules.shared.token_transformer import LOGITS
 
@@ -271,7 +272,7 @@ class Cadd(GenerativeModule):
             key = batch["key"][row] if "key" in batch else f"row {row}"
             raise ValueError(
                 f"The row {key} has no token that could be masked: all of it is padding or given. Drop empty documents"
-                " from the data, or raise data.length."
+                " from the data, raise data.length, or let some go with data.max_bad_fraction=0.01."
             )
         return eligible
 
@@ -430,10 +431,7 @@ class Cadd(GenerativeModule):
         Returns:
             (n, L) int64, each below the vocabulary; given tokens are as given.
         """
-        draw = Draw(temperature, temperature_start, top_k, top_p, getattr(torch, draws))
-        motion = LatentMotion(
-            estimator, latent_temperature, latent_top_k, latents, latent_strength, eta, self.latent_path
-        )
+        how, draw, motion = asked(self.alpha, self.latent_path, locals(), shifted=self.net.shifted)
         tokens, free = canvas(self.codec, len(seeds), None if condition is None else condition.prompt, self.device)
         noise = noise or SampleNoise(seeds, self.device)
         labels = self._wanted(len(seeds), condition)
@@ -455,25 +453,26 @@ class Cadd(GenerativeModule):
             prompt=~free if labels is None and not bool(free.all()) else None,
         )
         watch = None if self._film is None else self._film.append
-        if order == "wino":
-            if self.net.shifted:
-                raise ValueError(
-                    "sampling.order=wino needs predictions at the tokens' own positions; those of a network adapted"
-                    " from a causal model come from the position before. Set sampling.order=entropy, for example."
-                )
-            if remask != "none":
-                raise ValueError(f"sampling.remask={remask}: order=wino masks again by its own rule. Leave remask out.")
         with whole(self.net):  # ranks need different numbers of calls
-            if order == "wino":
-                how = Wino(self.alpha, block, draft, verify, draft_by)
+            if isinstance(how, Wino):
                 found = wino(model, tokens, free, noise, how, draw, watch)
             else:
-                plan = Plan(
-                    self.alpha, steps, order, counts, order_temperature, block, remask, remask_strength, grid, cache
-                )
-                found = reveal(model, tokens, free, noise, plan, draw, watch)
+                found = reveal(model, tokens, free, noise, how, draw, watch)
         self.evaluations = found.evaluations
         return found.tokens
+
+    def check_settings(self, settings: Mapping[str, Any], condition: Condition | None = None) -> None:
+        """See the base."""
+        defaults = {name: entry.default for name, entry in inspect.signature(self.sample).parameters.items()}
+        known = {**defaults, **settings}
+        shifted = getattr(getattr(self._net, "func", self._net), "shifted", False)
+        how, *_ = asked(self.alpha, self.latent_path, known, shifted=shifted)
+        if isinstance(how, Plan):
+            how.windows(self.codec.shape[0])
+        given = None if condition is None else condition.prompt
+        _, free = canvas(self.codec, 1 if given is None else len(given), given, torch.device("cpu"))
+        if known["guidance"] != 1.0 and not self.num_classes and bool(free.all()):
+            raise nothing_guides(known["guidance"])
 
     def trajectory(self, seeds: Sequence[int], condition: Condition | None = None, **settings: Any) -> list[Tensor]:
         """The path of ``sample``, same arguments: the rows at the start and after every step, (n, L) int64 each.

@@ -1,7 +1,8 @@
 """What CADD says to the samplers of masked sequences: its predictions, and the latent that travels with the tokens."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from lightningmodules.cadd.process import Estimator, Path
 from lightningmodules.shared.codecs import PixelTokens, Tokens
 from lightningmodules.shared.masking import Schedule
 from lightningmodules.shared.noise import Noise
+from lightningmodules.shared.samplers.masked import Draw, Plan, Wino
 
 Latent = Literal["off", "on", "selfcond"]
 HOLE = -1  # in a prompt: to be drawn
@@ -50,6 +52,52 @@ class LatentMotion:
             raise ValueError(f"sampling.latents={self.particles}: expected at least one latent per sequence.")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"sampling.eta={self.eta}: expected 0 (no fresh noise) to 1 (the posterior's).")
+
+
+def asked(
+    alpha: Schedule, path: Path, settings: Mapping[str, Any], *, shifted: bool
+) -> tuple[Plan | Wino, Draw, LatentMotion]:
+    """What the settings of ``Cadd.sample`` mean.
+
+    Args:
+        alpha: share of tokens kept over time.
+        path: of the latent, as in training.
+        settings: every argument of ``sample`` by its name.
+        shifted: the network predicts a token at the position before it.
+
+    Raises:
+        ValueError: settings are out of range, or do not go together.
+    """
+    get = settings.__getitem__
+    draw = Draw(get("temperature"), get("temperature_start"), get("top_k"), get("top_p"), getattr(torch, get("draws")))
+    motion = LatentMotion(
+        estimator=get("estimator"),
+        temperature=get("latent_temperature"),
+        top_k=get("latent_top_k"),
+        particles=get("latents"),
+        strength=get("latent_strength"),
+        eta=get("eta"),
+        path=path,
+    )
+    if get("order") != "wino":
+        names = ("steps", "order", "counts", "order_temperature", "block", "remask", "remask_strength", "grid", "cache")
+        return Plan(alpha, **{name: get(name) for name in names}), draw, motion
+    if shifted:
+        raise ValueError(
+            "sampling.order=wino needs predictions at the tokens' own positions; those of a network adapted from a"
+            " causal model come from the position before. Set sampling.order=entropy, for example."
+        )
+    if get("remask") != "none":
+        raise ValueError(f"sampling.remask={get('remask')}: order=wino masks again by its own rule. Leave remask out.")
+    return Wino(alpha, get("block"), get("draft"), get("verify"), get("draft_by")), draw, motion
+
+
+def nothing_guides(guidance: float) -> ValueError:
+    """The error for guidance without anything to be guided by."""
+    return ValueError(
+        f"sampling.guidance={guidance:g}: there is neither a class nor a prompt that could guide. Give one, or leave"
+        " guidance out."
+    )
 
 
 class Denoiser:
@@ -93,10 +141,7 @@ class Denoiser:
         prompt: Tensor | None = None,
     ) -> None:
         if guidance != 1.0 and labels is None and prompt is None:
-            raise ValueError(
-                f"sampling.guidance={guidance:g}: there is neither a class nor a prompt that could guide. Give one, or"
-                " leave guidance out."
-            )
+            raise nothing_guides(guidance)
         self.net, self.mask_id, self.schedule, self.gamma, self.noise = net, mask_id, schedule, gamma, noise
         self.latent, self.motion, self.timed = latent, motion or LatentMotion(), timed
         self.labels, self.guidance, self.prompt = labels, guidance, prompt

@@ -12,7 +12,7 @@ from lightningmodules.base import GenerativeModule
 from lightningmodules.causal.network import CausalNet
 from lightningmodules.causal.sampler import generate
 from lightningmodules.causal.weights import translate
-from lightningmodules.shared.codecs import Batch
+from lightningmodules.shared.codecs import Batch, PixelTokens, Tokens
 from lightningmodules.shared.conditioning import Condition
 from lightningmodules.shared.noise import Noise, SampleNoise
 
@@ -30,6 +30,7 @@ class Causal(GenerativeModule):
 
     needs: ClassVar[frozenset[str]] = frozenset()  # whatever the codec reads
     likelihood = "exact"
+    codec: Tokens | PixelTokens
 
     def __init__(
         self,
@@ -52,6 +53,16 @@ class Causal(GenerativeModule):
                 f"The network reads rows of at most {self.net.length} tokens (module.net.length), the codec makes"
                 f" {length} (data.length). Set both alike."
             )
+        if self.net.vocabulary != self.codec.vocabulary:
+            raise ValueError(
+                f"module.net.vocabulary={self.net.vocabulary}, but data.tokenizer has {self.codec.vocabulary} tokens."
+                f" Set module.net.vocabulary={self.codec.vocabulary}."
+            )
+
+    def setup(self, stage: str) -> None:
+        """Before training: the vocabulary is that of the tokenizer, which the data has prepared by now."""
+        if stage == "fit" and isinstance(self.codec, Tokens):
+            self.codec.check()
 
     def averaged(self) -> dict[str, nn.Module]:
         """The network."""
@@ -111,24 +122,24 @@ class Causal(GenerativeModule):
         Returns:
             (n, *codec.shape) int64.
         """
-        if guidance != 1.0 or temperature <= 0 or not 0 < top_p <= 1:
-            raise ValueError(
-                f"sampling: guidance={guidance} (a causal model knows only 1), temperature={temperature} (> 0) or"
-                f" top_p={top_p} (0 to 1) is out of range. Type e.g. guidance=1 temperature=0.9 top_p=0.95"
-            )
-        uniform = (noise or SampleNoise(seeds, self.device)).uniform(*self.codec.shape, dtype=torch.float64)
         prompt = None if condition is None else condition.prompt
-        if prompt is not None and bool((prompt < 0).any()):
-            raise ValueError(
-                "The prompt has holes, but a causal model writes from left to right. Leave <mask> out, or sample from a"
-                " masked model (mdlm_..., cadd_...)."
-            )
+        _check(guidance, temperature, top_p, prompt)
+        uniform = (noise or SampleNoise(seeds, self.device)).uniform(*self.codec.shape, dtype=torch.float64)
         training = self.training
         self.eval()
         try:
             return generate(self.net, uniform, prompt, temperature, top_p)
         finally:
             self.train(training)
+
+    def check_settings(self, settings: Mapping[str, Any], condition: Condition | None = None) -> None:
+        """See the base."""
+        _check(
+            settings.get("guidance", 1.0),
+            settings.get("temperature", 1.0),
+            settings.get("top_p", 1.0),
+            None if condition is None else condition.prompt,
+        )
 
     def null_condition(self, n: int) -> Condition:
         """Nothing."""
@@ -142,3 +153,16 @@ class Causal(GenerativeModule):
 def _valid(batch: Batch, tokens: Tensor) -> Tensor:
     valid = batch["valid"] if "valid" in batch else torch.ones_like(tokens, dtype=torch.bool)
     return (valid & ~batch["given"] if "given" in batch else valid).to(tokens.device)
+
+
+def _check(guidance: float, temperature: float, top_p: float, prompt: Tensor | None) -> None:
+    if not (guidance == 1.0 and temperature > 0 and 0 < top_p <= 1):
+        raise ValueError(
+            f"sampling: guidance={guidance} (a causal model knows only 1), temperature={temperature} (> 0) or"
+            f" top_p={top_p} (0 to 1) is out of range. Type e.g. guidance=1 temperature=0.9 top_p=0.95"
+        )
+    if prompt is not None and bool((prompt < 0).any()):
+        raise ValueError(
+            "The prompt has holes, but a causal model writes from left to right. Leave <mask> out, or sample from a"
+            " masked model (mdlm_..., cadd_...)."
+        )

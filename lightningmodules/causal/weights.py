@@ -6,12 +6,25 @@ from torch import Tensor
 
 PREFIX = "gpt."
 TIED = "lm_head.weight"
+TRUNK = "transformer."
+BUFFERS = (".attn.bias", ".attn.masked_bias")  # of older files
 
 
 def translate(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our keys; the output matrix, which older files leave out, is the embedding."""
+    """Our keys; the output matrix, which older files leave out, is the embedding, and so may be "transformer.".
+
+    Raises:
+        ValueError: the file holds no such model.
+    """
+    if "wte.weight" in official:
+        official = {
+            TRUNK + key: value for key, value in official.items() if not key.endswith((".attn.bias", ".masked_bias"))
+        }
+    if TRUNK + "wte.weight" not in official:
+        some = ", ".join(sorted(official)[:3])
+        raise ValueError(f"These are no weights of a GPT-2: {TRUNK}wte.weight is not among them, but {some}.")
     ours = {PREFIX + key: value for key, value in official.items()}
-    ours.setdefault(PREFIX + TIED, official["transformer.wte.weight"])
+    ours.setdefault(PREFIX + TIED, official[TRUNK + "wte.weight"])
     return ours
 
 

@@ -12,6 +12,7 @@ from datamodules.tokenizers import Bytes
 from lightningmodules.shared.codecs import Tokens
 from lightningmodules.shared.conditioning import Condition
 from platform import cli, solve
+from platform.runs import METRICS
 
 
 def request(file: Path, **changes: object) -> argparse.Namespace:
@@ -49,7 +50,8 @@ def writer(length: int = 100, codec: Tokens | None = None) -> SimpleNamespace:
 
 def written(folder: Path) -> list[dict[str, str]]:
     """The rows behind the first line."""
-    return [json.loads(line) for line in (folder / solve.PROBLEMS).read_text().splitlines()][1:]
+    (file,) = folder.glob("problems-problems-*.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()][1:]
 
 
 def test_counts(problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,8 +92,9 @@ def test_an_interrupted_measurement_goes_on(
     out = tmp_path / "out"
     problems.write_text("".join(line + "\n" for line in [*problems.read_text().splitlines()] * 2))
     solve.run(writer(), {}, request(problems), out)
-    whole = (out / solve.PROBLEMS).read_bytes()
-    (out / solve.PROBLEMS).unlink()
+    (file,) = out.glob("problems-*.jsonl")
+    whole = file.read_bytes()
+    file.unlink()
 
     def interrupted(after: int) -> SimpleNamespace:
         model, calls, sample = writer(), iter(range(after)), writer().sample
@@ -100,8 +103,8 @@ def test_an_interrupted_measurement_goes_on(
 
     with pytest.raises(ZeroDivisionError):
         solve.run(interrupted(after=1), {}, request(problems), out)
-    assert not (out / solve.PROBLEMS).exists()
-    (part,) = out.iterdir()
+    assert not file.exists()
+    (part,) = out.glob("problems-*.part")
     rows = part.read_bytes().splitlines(keepends=True)
     assert len(rows) == 1 + 4 + 1
     for torn in (b"".join(rows) + rows[1] + rows[2], b"".join(rows) + rows[1][:9]):
@@ -109,8 +112,9 @@ def test_an_interrupted_measurement_goes_on(
         capsys.readouterr()
         solve.run(interrupted(after=1), {}, request(problems), out)
         assert "2 of 4 problems are in" in capsys.readouterr().out
-        assert (out / solve.PROBLEMS).read_bytes() == whole
+        assert file.read_bytes() == whole
         assert not part.exists()
+        file.unlink()
     part.write_bytes(b"".join(rows))
     for change in ({"answers": 5}, {"timeout": 6}):
         with pytest.raises(ZeroDivisionError):
@@ -118,6 +122,20 @@ def test_an_interrupted_measurement_goes_on(
     with pytest.raises(ZeroDivisionError):
         solve.run(interrupted(after=1), {"steps": 2}, request(problems), out)
     assert part.read_bytes() == b"".join(rows)
+
+
+def test_every_measurement_is_kept(problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for settings in ({}, {"steps": 2}):
+        solve.run(writer(), settings, request(problems), tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("problems-*.jsonl"))) == 2
+    solve.run(writer(), {}, request(problems, k=[2]), tmp_path / "out")
+    assert "holds them already" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
+    assert [(row["tag"], row["value"]) for row in rows] == [
+        *[("metrics/pass@1", 0.25), ("metrics/pass@4", 0.5)] * 2,
+        ("metrics/pass@2", pytest.approx(5 / 12)),
+    ]
+    assert [row["settings"] for row in rows] == [{}, {}, {"steps": 2}, {"steps": 2}, {}]
 
 
 def test_the_same_command_runs_once(problems: Path, tmp_path: Path) -> None:
@@ -138,5 +156,16 @@ def test_nothing_runs_unasked(problems: Path, capsys: pytest.CaptureFixture[str]
     assert "add --allow-execution" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--k 9 needs as many answers"):
         solve.check(request(problems, k=[9]))
+    with pytest.raises(ValueError, match="--scorer is not measured together with --problems"):
+        solve.check(request(problems, scorer="somewhere"))
+    problems.write_text(json.dumps({"task_id": "a", "text": "b", "test_list": []}) + "\n")
+    with pytest.raises(ValueError, match="line 1: ValueError: test_list is empty"):
+        solve.check(request(problems))
+    row = {"task_id": "a", "prompt": None, "test": "", "entry_point": "f"}
+    problems.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="prompt is None, not a string"):
+        solve.check(request(problems))
+    problems.write_text(json.dumps(row | {"prompt": "a\u2028b"}, ensure_ascii=False) + "\n")
+    solve.check(request(problems))
     with pytest.raises(ValueError, match="a model that writes text"):
         solve.run(SimpleNamespace(codec=object()), {}, request(problems), problems.parent)
