@@ -99,6 +99,11 @@ class Likelihood(AtValidations):
             "nonfinite": round(infinite),
             **({"options": self.options} if self.options else {}),
         }
+        if not places:
+            raise ValueError(
+                "The held-out data (data.val) has not a single token to score: all is padding or given. Leave empty"
+                " documents out."
+            )
         bits = -nats / math.log(2) if not infinite else math.inf
         if characters:
             values = {"metrics/bits_per_token": bits / places, "metrics/bits_per_character": bits / characters}

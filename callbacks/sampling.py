@@ -12,6 +12,7 @@ from lightningmodules.base import GenerativeModule
 from lightningmodules.shared.conditioning import Condition
 
 _HOLES = re.compile(r"<mask(?::(\d{1,6}))?>")  # more digits than any row has tokens
+_NEARLY = re.compile(r"<mask[^<>]*>", re.IGNORECASE)
 
 
 def plain(value: Any) -> Any:
@@ -79,6 +80,8 @@ def prompted(
     tokenizer = getattr(module.codec, "tokenizer", None)
     if tokenizer is None:
         raise ValueError(f"prompt {prompt!r}: this model takes no text. Leave the prompt out.")
+    if holes and (odd := _NEARLY.search(_HOLES.sub("", prompt))):
+        raise ValueError(f"{odd[0]!r} is no hole. Type <mask> for one token to be drawn, <mask:20> for twenty.")
     numbers: list[int] = []
     for i, part in enumerate(_HOLES.split(prompt) if holes else [prompt]):  # text, number of tokens, text, ...
         numbers += [-1] * int(part or 1) if i % 2 else _numbers(tokenizer, part)

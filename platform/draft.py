@@ -239,6 +239,8 @@ class Draft:
             return value  # checked once it is resolved
         if argument.plain and value == argument.default and type(value) is type(argument.default):
             return value  # right by definition, whatever the annotation
+        if value != value:  # not a number passes every comparison
+            raise ValueError(f"{key}={_show(value)}: expected {describe(annotation)}. Set {self.origins.find(key)}.")
         fit = coerce(value, annotation)
         raw = self.origins.raw(key)
         if fit is REFUSED and raw is not None:

@@ -109,6 +109,11 @@ def meters(
                 f"--{next(iter(judges))} judges texts, and {cfg.experiment} has no callbacks.quality that draws some."
                 " Leave it out."
             )
+        if metrics and "quality" not in metrics:
+            raise ValueError(
+                f"--{next(iter(judges))} judges texts, and --metrics {','.join(metrics)} leaves them out. Add quality"
+                " to it, or leave the other out."
+            )
         plan["quality"] = known["quality"] = {**known["quality"], **judges}
     if absent := [name for name in metrics or () if name not in known]:
         there = ", ".join(name for name in METRICS_OF if name in known)
@@ -153,6 +158,7 @@ def measure(module: Any, cfg: DictConfig, callbacks: list[Any], file: Path) -> N
 
     from callbacks.records import JsonlLogger
     from platform import assemble
+    from platform.runs import make_out
 
     datamodule, ranks = assemble.data(cfg), assemble.world_size(cfg)
     size = datamodule.val_batch_size or datamodule.batch_size // datamodule.accumulation_for(ranks)
@@ -161,7 +167,7 @@ def measure(module: Any, cfg: DictConfig, callbacks: list[Any], file: Path) -> N
         if getattr(callback, "max_batches", None):
             callback.max_batches *= ranks  # as many samples
     assemble.quiet()
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_out(file.parent, "The folder for what is measured,")
     trainer = L.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,

@@ -254,16 +254,19 @@ def provenance(start: int = 0, world_size: int = 1, data: dict[str, Any] | None 
     }
 
 
-def make_out(folder: Path) -> None:
-    """Create the folder that ``--out`` names.
+def make_out(folder: Path, what: str = "--out") -> None:
+    """Create the folder that ``--out`` names, or another that is written to.
 
     Raises:
-        ValueError: it cannot be created.
+        ValueError: it cannot be created, or not be written to.
     """
+    advice = "Type another --out FOLDER." if what == "--out" else "Make its place writable, or work on a copy."
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out {folder} cannot be made ({error.strerror}). Type another --out FOLDER.") from None
+        raise ValueError(f"{what} {folder} cannot be made ({error.strerror}). {advice}") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{what} {folder} cannot be written to. {advice}")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -279,6 +282,11 @@ def read_config(path: str | Path) -> Any:
     """
     folder = _folder(path)
     if not (folder / CONFIG).is_file():
+        above = next((parent for parent in folder.absolute().parents[:3] if (parent / CONFIG).is_file()), None)
+        if above is None and folder.name == CONFIG and folder.is_file():
+            above = folder.parent
+        if above is not None:
+            raise ValueError(f"{path} lies in a run folder or weights folder. Type that: {above}")
         raise ValueError(
             f"{path}: no {CONFIG} there, so it is neither a run folder nor a weights folder.{_neighbours(folder)}"
             f" Train one with: {PROGRAM} fit"

@@ -201,8 +201,13 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
 
     make_out(out)
     file = out / SETTINGS
-    if file.is_file() and any(out.glob("seed_*")):
-        old = json.loads(file.read_text())
+    if any(out.glob("seed_*")):
+        try:
+            old = json.loads(file.read_text())
+        except (OSError, ValueError):
+            raise ValueError(
+                f"{out} holds samples, but no {SETTINGS} that says how they were made. Type another --out FOLDER."
+            ) from None
         old["run"] = str(Path(old["run"]).resolve())  # older folders hold it as it was typed
         free = {"image", "mask"}  # their content stands in "gap"
         if out.resolve().is_relative_to(request["run"]) and not Path(old["run"]).exists():

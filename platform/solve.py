@@ -73,7 +73,7 @@ def run(module: Any, settings: dict[str, Any], args: argparse.Namespace, folder:
         "problems": hashlib.sha256(Path(args.problems).read_bytes()).hexdigest(),
     }
     first = _line(facts)
-    make_out(folder)
+    make_out(folder, "The folder for the answers,")
     file = folder / f"problems-{Path(args.problems).stem}-{hashlib.sha256(first).hexdigest()[:8]}.jsonl"
     if file.is_file():
         done, _ = _parsed(file.read_bytes().splitlines(keepends=True)[1:], args.answers)

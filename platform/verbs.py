@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from platform.suggest import hint
 
@@ -214,6 +214,7 @@ def _sample(parser: Parser) -> None:
     )
     parser.add_argument(
         "--prompt",
+        action=_Once,
         metavar="TEXT",
         help="how every text begins, <mask> or <mask:20> for tokens to be drawn between what is given; or caption of"
         " every picture (default: none)",
@@ -235,6 +236,15 @@ def _sample(parser: Parser) -> None:
         default=True,
         help="also write one file of all (default: --grid)",
     )
+
+
+class _Once(argparse.Action):
+    """An option that cannot be given twice, where the first would be lost without a word."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option} came twice. Type one, and a command for each of the others.")
+        setattr(namespace, self.dest, values)
 
 
 def _sample_finish(parser: Parser, args: argparse.Namespace) -> None:
@@ -280,6 +290,14 @@ def _evaluate(parser: Parser) -> None:
     code.add_argument(
         "--timeout", type=at_least(1), default=5, metavar="SEC", help="seconds per program, >= 1 (default: 5)"
     )
+
+
+def _evaluate_finish(parser: Parser, args: argparse.Namespace) -> None:
+    given = {"allow-execution": args.allow_execution, "answers": args.answers != 10, "timeout": args.timeout != 5}
+    for name, typed in {**given, "k": args.k != [1]}.items():
+        if typed and args.problems is None:
+            parser.error(f"--{name} goes with --problems FILE, the programs to be written.")
+    _only_settings(parser, args)
 
 
 def _numbers(text: str) -> list[int]:
@@ -383,7 +401,7 @@ VERBS: dict[str, Verb] = {
         "Measure a run with the metrics of its experiment.",
         "evaluate runs/quickstart --weights ema --n 1800",
         _evaluate,
-        _only_settings,
+        _evaluate_finish,
     ),
     "prepare": Verb(
         "Build the data of an experiment without training, or encode shards as latents or text features.",

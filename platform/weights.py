@@ -133,7 +133,7 @@ def _export(source: str, kind: str, out: Path) -> None:
 def _export_official(source: str, kind: str, out: Path) -> None:
     import torch
 
-    from platform.runs import load_module
+    from platform.runs import load_module, make_out
 
     if out.exists():
         raise ValueError(f"--out {out} exists. Type another name, or delete it.")
@@ -141,7 +141,7 @@ def _export_official(source: str, kind: str, out: Path) -> None:
     (network,) = module.averaged().values()
     state = _room(cfg).to_official({key: value.contiguous() for key, value in network.state_dict().items()})
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_out(out.parent)
     if out.suffix == DISTRIBUTED:
         from lightningmodules.shared import dcp
 

@@ -132,7 +132,7 @@ class Tokens:
         mask: number of the vocabulary's own mask token; null for none.
 
     Raises:
-        ValueError: the length is no length.
+        ValueError: the length is no length, or the mask is no token.
     """
 
     def __init__(
@@ -143,6 +143,11 @@ class Tokens:
         self.tokenizer, self.length = tokenizer, length
         self.vocabulary: int = tokenizer.size if vocabulary is None else vocabulary
         self.mask_id: int = self.vocabulary if mask is None else mask
+        if not 0 <= self.mask_id <= self.vocabulary:
+            raise ValueError(
+                f"module.codec.mask={mask}: expected a token of the vocabulary, 0 to {self.vocabulary - 1}, or null for"
+                " one more."
+            )
         self._checked = vocabulary is None
 
     def check(self) -> None:

@@ -126,13 +126,11 @@ def in_parts(function: Callable[..., Tensor], log_probs: Tensor, *others: Tensor
     rows = max(1, MANY // max(1, log_probs.shape[1]))
     if len(log_probs) <= rows:
         return function(log_probs, *others)
-    parts = zip(*(tensor.split(rows) for tensor in (log_probs, *others)), strict=True)
     found: Tensor | None = None
-    for number, part in enumerate(parts):
-        values = function(*part)
-        if found is None:
-            found = values.new_empty(len(log_probs), *values.shape[1:])
-        found[number * rows : number * rows + len(values)] = values
+    for at in range(0, len(log_probs), rows):
+        values = function(*(tensor[at : at + rows] for tensor in (log_probs, *others)))
+        found = values.new_empty(len(log_probs), *values.shape[1:]) if found is None else found
+        found[at : at + len(values)] = values
     assert found is not None
     return found
 
@@ -201,6 +199,8 @@ class Plan:
                 f"sampling.remask={self.remask} masks nothing again with sampling.remask_strength=0. Set a strength,"
                 " e.g. 0.05 (for corrector 1), or leave remask out."
             )
+        if self.order_temperature < 0:
+            raise ValueError(f"sampling.order_temperature={self.order_temperature}: expected >= 0; 0 is off.")
         if self.remask_strength < 0 or (self.remask == "rescale" and self.remask_strength > 1):
             raise ValueError(f"sampling.remask_strength={self.remask_strength}: expected >= 0 (0..1 for rescale).")
 
