@@ -15,6 +15,7 @@ from callbacks.validations import AtValidations
 from lightningmodules.base import GenerativeModule
 
 FILM_LINES = 40
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
 
 
 class Texts(AtValidations):
@@ -158,9 +159,10 @@ def table(rows: Sequence[Mapping[str, Any]], head: str) -> str:
 
 def _cell(value: Any) -> str:
     shown = "\n".join(map(_visible, str(value).replace("\r\n", "\n").split("\n")))
-    for character, escape in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;")):
-        shown = shown.replace(character, escape)
-    shown = "".join(f"\\{character}" if character in "\\`*_{}[]()#+-.!~" else character for character in shown)
+    shown = "".join(
+        _ENTITIES.get(character) or (f"\\{character}" if character in "\\`*_{}[]()#+-.!~" else character)
+        for character in shown
+    )
     return shown.replace("  ", " &nbsp;").replace("\n", "<br>")
 
 

@@ -93,6 +93,8 @@ MISTAKES = {
         "argument --weights: 'emma' names no weights. Type raw, ema, or ema with a decay: ema0.999."
     ),
     "sample r guidance": "'guidance' is neither an option nor of the form key=value.",
+    "sample r --prompt a --prompt b": "--prompt came twice. Type one, and a command for each of the others.",
+    "evaluate r --answers 3": "--answers goes with --problems FILE, the programs to be written.",
     "prepare": "no experiment was named. python -m platform show lists them.",
     "board --port 70000": "argument --port: '70000' is not an integer from 1 to 65535.",
     "weights export r": "weights export needs a folder to write. Add --out DIR.",

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from callbacks import text_quality
+from callbacks import text_quality, texts
 from callbacks.features.scorer import Trained
 from callbacks.sampling import prompted
 from datamodules.tokenizers import Bytes, Characters
 from datamodules.writer import DatasetWriter
 from lightningmodules.cadd.network import CaddNet
+from lightningmodules.causal import weights as causal
 from lightningmodules.shared.codecs import Tokens
 from platform import cli, config
 from platform.assemble import blueprint
@@ -25,6 +26,7 @@ from platform.runs import METRICS, load_module
 from tests.toy import untrained
 
 QUIET = ["callbacks.samples=null", "callbacks.quality=null", "trainer.max_steps=2", "trainer.val_every=0"]
+TABLE = "callbacks.samples={_target_: callbacks.texts.Texts, prompts: [%s]}"
 LEAST = {"data.val_batch_size": "64", "callbacks.likelihood.max_batches": "4"}
 
 
@@ -209,6 +211,39 @@ def test_a_model_trained_here_scores_texts(tmp_path: Path, capsys: pytest.Captur
     assert "--scorer judges texts, and mdlm_digits has no callbacks.quality" in said
     said = refused(capsys, "evaluate", tmp_path / "mdlm_text27", "--scorer", tmp_path / "nothing")
     assert "callbacks.quality.scorer.folder=" in said
+    said = refused(capsys, "evaluate", tmp_path / "mdlm_text27", "--scorer", tmp_path / "mdlm_digits")
+    assert "holds weights of lightningmodules.cadd.module.Cadd; only a causal model scores" in said
+    said = refused(capsys, *words, "--metrics", "likelihood")
+    assert "--scorer judges texts, and --metrics likelihood leaves them out" in said
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_keys_of_a_causal_model(older: bool) -> None:
+    """Those of the older files lack the first word, and hold masks besides."""
+    first, masks = ("", {"h.0.attn.bias": torch.zeros(2)}) if older else ("transformer.", {})
+    official = {f"{first}wte.weight": torch.ones(3, 2), f"{first}h.0.attn.c_attn.weight": torch.zeros(2), **masks}
+    found = causal.translate(official)
+    names = ["gpt.lm_head.weight", "gpt.transformer.h.0.attn.c_attn.weight", "gpt.transformer.wte.weight"]
+    assert sorted(found) == names
+    with pytest.raises(
+        ValueError, match=r"no weights of a GPT-2: transformer\.wte\.weight is not among them, but other"
+    ):
+        causal.translate({"other": torch.zeros(1)})
+
+
+# ---- tables and films ----
+
+
+def test_whatever_a_text_holds_a_film_has_a_line_per_reveal() -> None:
+    codec = Tokens(Bytes(), 6)
+    text = torch.from_numpy(Bytes().encode("a\r\n\x0bb\x1c").astype("int64"))
+    states = [torch.full((6,), codec.mask_id), text.clone().index_fill(0, torch.tensor([0]), codec.mask_id), text]
+    lines = texts.film(states, codec)
+    assert lines[1:] == ["\u2591\\r\\n\\x0bb\\x1c", "a\\r\\n\\x0bb\\x1c"]
+    assert all(len(line.splitlines()) == 1 for line in lines)
+    shown = texts.table([{"seed": 0, "text": "a\r\nb\rc|\u2028d"}], "head")
+    assert len(shown.splitlines()) == 5
+    assert shown.endswith("| 0 | a<br>b\\\\rc&#124;\\\\u2028d |")
 
 
 # ---- mixed precision, several ranks ----
@@ -272,7 +307,35 @@ def test_mistakes_are_told_in_one_message(runs: Path, tmp_path: Path, capsys: py
         ("'z' (U+007A) is not in the alphabet of 8 characters", ["sample", run, "--prompt", "az"]),
         ("sampling.block=-3: expected positions per block", ["sample", run, "block=-3"]),
         ("sampling.steps=2 is fewer than one per block", ["sample", run, "block=4", "steps=2"]),
+        ("--prompt: '<mask:x>' is no hole", ["sample", run, "--prompt", "<mask:x>"]),
+        ("--prompt is not utf-8", ["sample", run, "--prompt", "\udcff"]),
+        ("sampling.temperature=nan: expected a number", ["sample", run, "temperature=.nan"]),
+        ("lies in a run folder or weights folder. Type that", ["sample", run / "checkpoints"]),
     ):  # fmt: skip
         said = refused(capsys, *words)
         assert message in said
         assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("sampling.steps=0: expected at least one step", ["mdlm_copy", "sampling.steps=0"]),
+        ("sampling.remask=cap: order=wino masks again", ["cadd_copy", "sampling.order=wino", "sampling.remask=cap"]),
+        ("sampling.guidance=2: there is neither", ["mdlm_copy", "sampling.guidance=2"]),
+        ("callbacks.samples.prompts: 'abcdefghabcdefgha' has 17 tokens", ["mdlm_copy", TABLE % "abcdefghabcdefgha"]),
+        ("callbacks.samples.prompts: 'xyz': the character 'x'", ["mdlm_copy", TABLE % "xyz"]),
+        ("callbacks.samples.n=0: expected at least 1", ["mdlm_prose", "callbacks.samples.n=0"]),
+        ("The prompt has holes", ["causal_pydoc", "callbacks.samples.prompts=['a<mask>']"]),
+        ("module.net.vocabulary=300, but data.tokenizer has 257", ["causal_pydoc", "module.net.vocabulary=300"]),
+        ("module.codec.mask=99: expected a token of the vocabulary", ["mdlm_copy", "module.codec.mask=99"]),
+    ],
+)
+def test_what_could_not_be_drawn_is_refused_before_training(
+    message: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, "fit", *words, "--tiny", f"runs={tmp_path}")
+    assert message in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("*/checkpoints/step*"))
+    assert not [file for file in tmp_path.glob(f"*/{METRICS}") if file.read_text()]

@@ -51,3 +51,13 @@ def test_samples_move_with_their_run(run: Path, tmp_path: Path) -> None:
     claim(moved / "sampled" / "ema", request(moved))
     with pytest.raises(ValueError, match="made with run="):
         claim(tmp_path / "out", request(moved))
+
+
+@pytest.mark.parametrize("settings", [None, "{"])
+def test_samples_of_unknown_origin_are_left_alone(run: Path, tmp_path: Path, settings: str | None) -> None:
+    (tmp_path / "seed_000000.txt").write_text("mine")
+    if settings is not None:
+        (tmp_path / "settings.json").write_text(settings)
+    with pytest.raises(ValueError, match=r"holds samples, but no settings.json that says how they were made"):
+        sample._claim(tmp_path, request(run))
+    assert (tmp_path / "seed_000000.txt").read_text() == "mine"
