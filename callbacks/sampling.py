@@ -12,7 +12,7 @@ from lightningmodules.base import GenerativeModule
 from lightningmodules.shared.conditioning import Condition
 
 _HOLES = re.compile(r"<mask(?::(\d{1,6}))?>")  # more digits than any row has tokens
-_NEARLY = re.compile(r"<mask[^<>]*>", re.IGNORECASE)
+_NEARLY = re.compile(r"<mask(?:[:\s][^<>]*)?>", re.IGNORECASE)
 
 
 def plain(value: Any) -> Any:

@@ -158,7 +158,7 @@ def table(rows: Sequence[Mapping[str, Any]], head: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    shown = "\n".join(map(_visible, str(value).replace("\r\n", "\n").split("\n")))
+    shown = "\n".join(map(_visible, str(value).replace("\r\n", "\n").expandtabs(4).split("\n")))
     shown = "".join(
         _ENTITIES.get(character) or (f"\\{character}" if character in "\\`*_{}[]()#+-.!~" else character)
         for character in shown

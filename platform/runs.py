@@ -285,7 +285,7 @@ def read_config(path: str | Path) -> Any:
         above = next((parent for parent in folder.absolute().parents[:3] if (parent / CONFIG).is_file()), None)
         if above is None and folder.name == CONFIG and folder.is_file():
             above = folder.parent
-        if above is not None:
+        if above is not None and folder.exists():
             raise ValueError(f"{path} lies in a run folder or weights folder. Type that: {above}")
         raise ValueError(
             f"{path}: no {CONFIG} there, so it is neither a run folder nor a weights folder.{_neighbours(folder)}"

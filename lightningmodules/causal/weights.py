@@ -17,9 +17,7 @@ def translate(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: the file holds no such model.
     """
     if "wte.weight" in official:
-        official = {
-            TRUNK + key: value for key, value in official.items() if not key.endswith((".attn.bias", ".masked_bias"))
-        }
+        official = {TRUNK + key: value for key, value in official.items() if not key.endswith(BUFFERS)}
     if TRUNK + "wte.weight" not in official:
         some = ", ".join(sorted(official)[:3])
         raise ValueError(f"These are no weights of a GPT-2: {TRUNK}wte.weight is not among them, but {some}.")
