@@ -44,6 +44,7 @@ def test_what_is_published_can_be_measured(name: str) -> None:
     """``evaluate`` measures with the callbacks of the recipe: texts by ``quality``, pictures by ``fid``."""
     cfg = composed(name, False)
     assert ("fid" if cfg.module.codec._target_.endswith("PixelTokens") else "quality") in cfg.callbacks
+    blueprint(cfg).check_settings(config.check_sampling(cfg))
 
 
 @pytest.mark.parametrize("name", NAMES)
