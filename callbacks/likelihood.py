@@ -68,12 +68,12 @@ class Likelihood(AtValidations):
         """Check before anything is trained."""
         method = getattr(pl_module, "bound", getattr(pl_module, "log_likelihood", None))
         known = inspect.signature(method).parameters if method is not None else {}
+        free = [name for name in known if name not in ("batch", "seeds", "conditional")]
         for name in self.options:
-            if name not in known or name in ("batch", "seeds", "conditional"):
-                others = ", ".join(other for other in known if other not in ("batch", "seeds", "conditional")) or "none"
+            if name not in free:
                 raise ValueError(
                     f"callbacks.likelihood.options.{name}: the likelihood of {type(pl_module).__name__} has no such"
-                    f" option; it has {others}."
+                    f" option; it has {', '.join(free) or 'none'}."
                 )
 
     def at_validation(self, trainer: L.Trainer, module: GenerativeModule) -> bool:

@@ -283,8 +283,6 @@ def read_config(path: str | Path) -> Any:
     folder = _folder(path)
     if not (folder / CONFIG).is_file():
         above = next((parent for parent in folder.absolute().parents[:3] if (parent / CONFIG).is_file()), None)
-        if above is None and folder.name == CONFIG and folder.is_file():
-            above = folder.parent
         if above is not None and folder.exists():
             raise ValueError(f"{path} lies in a run folder or weights folder. Type that: {above}")
         raise ValueError(

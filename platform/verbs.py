@@ -293,10 +293,10 @@ def _evaluate(parser: Parser) -> None:
 
 
 def _evaluate_finish(parser: Parser, args: argparse.Namespace) -> None:
-    given = {"allow-execution": args.allow_execution, "answers": args.answers != 10, "timeout": args.timeout != 5}
-    for name, typed in {**given, "k": args.k != [1]}.items():
-        if typed and args.problems is None:
-            parser.error(f"--{name} goes with --problems FILE, the programs to be written.")
+    for name in ("allow_execution", "answers", "k", "timeout"):
+        default = parser.get_default(name)
+        if args.problems is None and getattr(args, name) != (_numbers(default) if name == "k" else default):
+            parser.error(f"--{name.replace('_', '-')} goes with --problems FILE, the programs to be written.")
     _only_settings(parser, args)
 
 

@@ -338,6 +338,7 @@ class Cadd(GenerativeModule):
     def _bound_of(
         self, batch: Batch, x0: Tensor, eligible: Tensor, labels: Tensor | None, noise: Noise, which: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """One draw; ``which`` is its number, how many there are, and the steps of the sampler."""
         rows, length = x0.shape
         share = (noise.uniform(1, dtype=torch.float64).squeeze(1) + which[0]) / which[1]
         uniform = noise.uniform(length, dtype=torch.float64)
@@ -431,7 +432,8 @@ class Cadd(GenerativeModule):
         Returns:
             (n, L) int64, each below the vocabulary; given tokens are as given.
         """
-        how, draw, motion = asked(self.alpha, self.latent_path, locals(), shifted=self.net.shifted)
+        settings = dict(locals())  # every argument by its name, as check_settings has them
+        how, draw, motion = asked(self.alpha, self.latent_path, settings, shifted=self.net.shifted)
         tokens, free = canvas(self.codec, len(seeds), None if condition is None else condition.prompt, self.device)
         noise = noise or SampleNoise(seeds, self.device)
         labels = self._wanted(len(seeds), condition)
